@@ -1,0 +1,88 @@
+"Write pyproject.toml and `__version__` from settings.ini, or fail on drift with `--check`."
+import configparser, json, re, sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NBDEV_TEXT = 'nbs_path doc_path branch title copyright'.split()
+NBDEV_BOOL = 'recursive clean_ids custom_sidebar'.split()
+
+def read_settings(root=ROOT):
+    "Return the `[DEFAULT]` section of settings.ini as a mapping of strings."
+    cfg = configparser.ConfigParser(interpolation=None)
+    with open(root/'settings.ini', encoding='utf-8') as f: cfg.read_file(f)
+    return cfg['DEFAULT']
+
+def toml_list(items, indent=4):
+    "Format strings as a TOML array, one item a line."
+    return '[\n' + ''.join(f'{" "*indent}{json.dumps(o)},\n' for o in items) + ']'
+
+def pyproject(s):
+    "The text of pyproject.toml for the settings `s`."
+    scripts = [o.strip().split('=') for o in s['console_scripts'].splitlines() if o.strip()]
+    extras = {k[:-len('_requirements')]: s[k].split() for k in s if k.endswith('_requirements')}
+    nbdev = {**{k: s[k] for k in NBDEV_TEXT}, **{k: s.getboolean(k) for k in NBDEV_BOOL},
+             'tst_flags': s['tst_flags'].split(), 'strip_libs': s['strip_libs'].split()}
+    classifiers = [s['status'], f"Intended Audience :: {s['audience']}", 'Programming Language :: Python :: 3',
+                   'Programming Language :: Python :: 3 :: Only', 'Topic :: Scientific/Engineering :: Artificial Intelligence']
+    return f'''# Written by tools/sync_settings.py from settings.ini: edit that file instead.
+[build-system]
+requires = ["setuptools>=77"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "{s['lib_name']}"
+dynamic = ["version"]
+description = {json.dumps(s['description'])}
+readme = "README.md"
+requires-python = ">={s['min_python']}"
+license = "{s['license']}"
+license-files = ["LICENSE"]
+authors = [{{name = {json.dumps(s['author'])}, email = {json.dumps(s['author_email'])}}}]
+keywords = {toml_list(s['keywords'].split())}
+classifiers = {toml_list(classifiers)}
+dependencies = {toml_list(s['requirements'].split())}
+
+[project.optional-dependencies]
+''' + ''.join(f'{k} = {toml_list(v)}\n' for k,v in extras.items()) + f'''
+[project.urls]
+Repository = "{s['git_url']}"
+Documentation = "{s['doc_url']}"
+
+[project.scripts]
+''' + ''.join(f'{k.strip()} = "{v.strip()}"\n' for k,v in scripts) + f'''
+[project.entry-points.nbdev]
+{s['lib_path']} = "{s['lib_path']}._modidx:d"
+
+[tool.setuptools.dynamic]
+version = {{attr = "{s['lib_path']}.__version__"}}
+
+[tool.setuptools.packages.find]
+include = ["{s['lib_path']}"]
+
+[tool.nbdev]
+''' + ''.join(f'{k} = {json.dumps(v)}\n' for k,v in nbdev.items()) + '''
+[tool.pytest.ini_options]
+testpaths = ["tests"]
+'''
+
+def with_version(code, version):
+    "The text `code` of an `__init__.py` with `__version__` set to `version`."
+    line = f'__version__ = "{version}"'
+    return re.sub(r'^__version__ = .*$', line, code, flags=re.M) if '__version__' in code else f'{line}\n{code}'
+
+def targets(root=ROOT):
+    "Map each written file to the text that it should have."
+    s, init = read_settings(root), root/'fastai_jocor'/'__init__.py'
+    code = init.read_text(encoding='utf-8') if init.exists() else ''
+    return {root/'pyproject.toml': pyproject(s), init: with_version(code, s['version'])}
+
+def main(check=False, root=ROOT):
+    "Write the files, or with `check` only say which of them differ; return an exit code."
+    drift = {p: t for p,t in targets(root).items() if not p.exists() or p.read_text(encoding='utf-8') != t}
+    for p,t in drift.items():
+        print(f"{p.relative_to(root).as_posix()}: {'differs from settings.ini' if check else 'written'}")
+        if not check: p.write_text(t, encoding='utf-8', newline='\n')
+    if check and drift: print('Run: python tools/sync_settings.py')
+    return int(check and bool(drift))
+
+if __name__ == '__main__': sys.exit(main('--check' in sys.argv[1:]))
