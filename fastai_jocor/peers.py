@@ -7,8 +7,8 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/peers.html.md"""
 # %% auto #0
 __all__ = ['mean_log_prob', 'Peers', 'check_k', 'reset_weights', 'all_differ', 'make_peers', 'PeerSplitter']
 
-# %% ../nbs/02_peers.ipynb #e7936638
-import math, copy, torch
+# %% ../nbs/02_peers.ipynb #ba752354
+import math, copy, numpy as np, torch
 import torch.nn.functional as F
 from itertools import combinations
 from torch import nn, Tensor
@@ -92,7 +92,7 @@ def all_differ(
         return len(pa)==len(pb) and all(o.shape==p.shape and torch.equal(o.to(p.device),p) for o,p in zip(pa,pb))
     return not any(same(a,b) for a,b in combinations(models,2))
 
-# %% ../nbs/02_peers.ipynb #94f986e3
+# %% ../nbs/02_peers.ipynb #43265c49
 def make_peers(
     model, # A model; a list of k models; or a factory, called without arguments once a peer
     k:int=None, # Number of peers, at least 1; may be left out for a list
@@ -108,15 +108,20 @@ def make_peers(
         if len(models) != k: raise ValueError(f"k={k} does not fit the list of {len(models)} models: pass one model a peer")
     elif isinstance(model, nn.Module): models = _copies(model, k, init, splitter, seed)
     else: models = [model() for _ in range(k)]
-    if not all_differ(models): raise ValueError(_same_msg(models[0], init))
-    return Peers(models)
+    peers = Peers(models)
+    if not all_differ(peers.peers): raise ValueError(_same_msg(models[0], init))
+    return peers
 
 def _copies(model, k, init, splitter, seed):
     "The model itself and k-1 copies with new weights"
     if seed is None and k>1: seed = int(torch.randint(2**31, (1,)))
     copies = [copy.deepcopy(model) for _ in range(k-1)]
-    for i,m in enumerate(copies): reset_weights(m, seed+i, L(splitter(m))[-1] if init=='head' else None)
+    for i,m in enumerate(copies): reset_weights(m, _peer_seed(seed,i), L(splitter(m))[-1] if init=='head' else None)
     return [model] + copies
+
+def _peer_seed(seed, i):
+    "A seed far from `seed` itself, which may have made the model that is copied"
+    return int(np.random.SeedSequence([seed, i+1]).generate_state(1)[0])
 
 def _same_msg(model, init):
     names = sorted({type(m).__name__ for m in model.modules() if list(m.parameters(recurse=False)) and not _reset_func(m)})

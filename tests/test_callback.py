@@ -1,0 +1,261 @@
+"JoCorCallback on real learners: against a loop written out, through a learner's life, and when things go wrong."
+import copy, numpy as np, pytest, torch
+import torch.nn.functional as F
+from fastai.vision.all import (Adam, Callback, CrossEntropyLossFlat, DataBlock, DataLoader, DataLoaders, ImageBlock, L, Learner, PILImage, ProgressCallback, RandomSplitter, accuracy, get_image_files, load_learner, nn, noop, params, parent_label, partial, plt, resnet18, set_seed, vision_learner)
+from fastai_jocor.all import *
+from fastai_jocor.bench import fast_adam
+
+def quiet(learn):
+    learn.remove_cb(ProgressCallback)
+    learn.logger = noop
+    return learn
+
+def digits(noise=Symmetric(.5), seed=0, opt_func=fast_adam, **kwargs):
+    set_seed(seed)
+    dls = digits_dls(noise=noise, seed=seed)
+    return quiet(Learner(dls, jocor_mlp(dls.c, n_in=64), metrics=accuracy, opt_func=opt_func, **kwargs))
+
+class Record(Callback):
+    "Keep the batches of a fit"
+    order,run_valid = 20,False
+    def __init__(self): self.batches = []
+    def before_batch(self): self.batches.append((self.epoch, self.xb[0].clone(), self.yb[0].clone()))
+
+def loop(nets, batches, rates, lam, lr):
+    "JoCoR as usually coded: pairs of peers, losses to numpy, an argsort"
+    opt = torch.optim.Adam([p for m in nets for p in m.parameters()], lr=lr)
+    k = len(nets)
+    for epoch,x,y in batches:
+        zs = [m(x) for m in nets]
+        ce = sum(F.cross_entropy(z, y, reduction='none') for z in zs)
+        kl = sum(F.kl_div(F.log_softmax(zs[n],-1), F.log_softmax(zs[m],-1), log_target=True, reduction='none').sum(-1)
+                 for m in range(k) for n in range(k) if m != n)
+        loss = (1-lam)*ce + lam*kl/max(k-1,1) if k>1 else ce
+        kept = np.argsort(loss.detach().numpy())[:int((1-rates[epoch])*len(y))]
+        opt.zero_grad()
+        loss[torch.as_tensor(kept)].mean().backward()
+        opt.step()
+
+@pytest.mark.parametrize('k', (1,2,3))
+def test_same_weights_as_a_loop(k):
+    learn,rec = digits(),Record()
+    nets = [jocor_mlp(10,64) for _ in range(k)]
+    twins = copy.deepcopy(nets)
+    cb = JoCorCallback(k=k, models=nets, co_lambda=.8)
+    learn.fit(4, 1e-3, cbs=[cb, rec])
+    loop(twins, rec.batches, [0,.5,.5,.5], .8, 1e-3)
+    assert len(rec.batches) == 4*len(learn.dls.train) and cb.history.forget_rate.tolist() == [0,.5,.5,.5]
+    for m,t in zip(learn.model.peers, twins):
+        for a,b in zip(m.parameters(), t.parameters()): torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+def test_figures_of_the_table():
+    "Against a count by hand over the recorded batches, with nothing learned (lr 0)"
+    learn,rec = digits(),Record()
+    cb = JoCorCallback(k=3, seed=1, num_gradual=0)
+    learn.fit(1, 0., cbs=[cb,rec])
+    truth,given = learn.dls.noise.true,learn.dls.noise.noisy
+    nets,hit,kept,clean,agree,n = learn.model.peers,0,0,0,0,0
+    order = learn.dls.train.idxs
+    for b,(_,x,y) in enumerate(rec.batches):
+        idx = order[b*64:b*64+len(y)].numpy()
+        assert (given[idx] == y.numpy()).all()
+        z = torch.stack([m(x) for m in nets]).detach()
+        sel = np.argsort(joint_loss(z, y, cb.co_lambda).numpy())[:len(y)//2]
+        ok = truth[idx] == given[idx]
+        hit,kept,clean,n = hit+ok[sel].sum(),kept+len(sel),clean+ok.sum(),n+len(y)
+        best = z.argmax(-1)
+        agree += int(((best[0]==best[1]) & (best[1]==best[2])).sum())
+    row = cb.history.iloc[0]
+    np.testing.assert_allclose(row[['forget_rate','kept','agreement','label_precision','label_recall']].astype(float),
+                               [.5, kept/n, agree/n, hit/kept, hit/clean], rtol=1e-6)
+
+def test_columns_and_history():
+    learn,cb = digits(),JoCorCallback(k=2)
+    learn.fit(2, 1e-3, cbs=cb)
+    names = list(learn.recorder.metric_names)
+    assert names == ['epoch','train_loss','valid_loss','accuracy','forget_rate','kept','agreement','label_precision','label_recall','time']
+    assert all(len(v) == len(names)-2 for v in learn.recorder.values)
+    assert [v[3] for v in learn.recorder.values] == cb.history.forget_rate.tolist()
+    assert len(learn.validate()) == 2
+    assert list(digits(noise=None).fit(1, cbs=(c := JoCorCallback(forget_rate=.2))) or c.history) == ['epoch','forget_rate','kept','agreement']
+
+def test_columns_of_two_callbacks_keep_their_values():
+    from fastai_jocor.bench import PeerAccuracy
+    learn,cb,acc = digits(),JoCorCallback(k=2),PeerAccuracy()
+    learn.fit(1, 1e-3, cbs=[acc,cb])
+    row = dict(zip(list(learn.recorder.metric_names)[1:], learn.recorder.values[-1]))
+    assert row['forget_rate'] == cb.history.forget_rate[0] and row['peer_accuracy'] == pytest.approx(np.mean(acc.each[0]))
+    x,y = map(torch.cat, zip(*[(b[0],b[1]) for b in learn.dls.valid]))
+    want = [(m.eval()(torch.Tensor(x)).argmax(-1) == torch.Tensor(y)).float().mean().item() for m in learn.model.peers]
+    np.testing.assert_allclose(acc.each[0], want, rtol=1e-5)
+
+def test_second_fit_keeps_peers_and_optimizer():
+    learn = digits()
+    learn.fit(1, 1e-3, cbs=JoCorCallback(k=2))
+    model,opt = learn.model,learn.opt
+    steps = {p: opt.opt.state[p]['step'].item() for p in model.parameters()}
+    learn.fit_one_cycle(1, 1e-3, cbs=JoCorCallback(k=2))
+    assert learn.model is model and learn.opt is opt
+    assert all(opt.opt.state[p]['step'].item() == 2*steps[p] for p in model.parameters())
+    with pytest.raises(ValueError, match='k=3'): learn.fit(1, cbs=JoCorCallback(k=3))
+
+def test_life_after_the_fit(tmp_path):
+    learn = digits(path=tmp_path)
+    learn.fit_one_cycle(3, 3e-3, cbs=JoCorCallback(k=3))
+    assert not any(isinstance(c, PeersCallback) for c in learn.cbs) and len(learn.cbs) == 3
+    preds,targs = learn.get_preds()
+    x = torch.Tensor(torch.cat([b[0] for b in learn.dls.valid]))
+    want = torch.stack([m.eval()(x).softmax(-1) for m in learn.model.peers]).mean(0)
+    torch.testing.assert_close(torch.Tensor(preds), want, atol=1e-5, rtol=1e-5)
+    loss,acc = learn.validate()
+    assert acc == pytest.approx((want.argmax(-1)==torch.Tensor(targs)).float().mean().item())
+    assert loss == pytest.approx(F.nll_loss(want.log(), torch.Tensor(targs)).item(), rel=1e-4)
+    item = learn.dls.valid_ds[5][0]
+    torch.testing.assert_close(learn.predict(item)[2], want[5], atol=1e-5, rtol=1e-5)
+    learn.show_results(max_n=4); plt.close()
+
+    learn.save('peers')
+    before = [p.clone() for p in learn.model.parameters()]
+    learn.fit(1, 1e-2, cbs=JoCorCallback(k=3))
+    learn.load('peers')
+    assert all(torch.equal(a,b) for a,b in zip(before, learn.model.parameters()))
+
+    learn.export()
+    loaded = load_learner(tmp_path/'export.pkl')
+    torch.testing.assert_close(loaded.predict(item)[2], learn.predict(item)[2])
+    single = loaded.model.peer(1)
+    assert isinstance(single, nn.Sequential) and single(x[:4]).shape == (4,10)
+    learn.fit(1, 1e-3, cbs=JoCorCallback(k=3))
+
+def test_attached_for_good():
+    learn = digits(cbs=JoCorCallback(k=2))
+    plain = learn.model
+    assert len(learn.validate()) == 2 and learn.model is plain
+    learn.fit(2, 1e-3)
+    assert len(learn.validate()) == 2 and learn.get_preds()[0].shape[1] == 10
+    learn.fit(1, 1e-3)
+    learn.remove_cb(JoCorCallback)
+    assert not any('column' in c.name for c in learn.cbs)
+
+def test_optimizer_is_carried_over():
+    split = lambda m: [params(m[1]), params(m[3])]
+    learn = digits(opt_func=partial(Adam, mom=.7), splitter=split)
+    learn.freeze()
+    learn.fit(1, slice(1e-4,1e-2), wd=.123, cbs=JoCorCallback(k=3, init='all'))
+    assert [len(g) for g in learn.opt.param_lists] == [6,6]
+    assert [h['lr'] for h in learn.opt.hypers] == [1e-4,1e-2]
+    assert all(h['wd'] == .123 and h['mom'] == .7 for h in learn.opt.hypers)
+    assert learn.opt.frozen_idx == 1
+    assert [p.requires_grad for m in learn.model.peers for p in (m[1].weight, m[3].weight)] == [False,True]*3
+    learn.unfreeze()
+    assert all(p.requires_grad for p in learn.model.parameters())
+
+def test_pretrained_body_is_copied():
+    split = lambda m: [params(m[1]), params(m[3])]
+    learn = digits(splitter=split)
+    learn.freeze()
+    learn.fit(1, 1e-3, cbs=JoCorCallback(k=2))
+    a,b = learn.model.peers
+    assert torch.equal(a[1].weight, b[1].weight) and not torch.equal(a[3].weight, b[3].weight)
+
+class Stop(Callback):
+    "Raise in an event of the third batch of the second epoch"
+    def __init__(self, event, exc): self.exc = exc; setattr(self, event, self.stop)
+    def stop(self):
+        if getattr(self, 'training', False) and self.epoch==1 and self.iter==2: raise self.exc
+
+@pytest.mark.parametrize('exc', (KeyboardInterrupt(), RuntimeError('a fault elsewhere')))
+@pytest.mark.parametrize('event', ('before_batch','after_pred','after_loss','after_backward','before_step','after_batch'))
+def test_interrupted_fit(event, exc):
+    learn = digits()
+    lf,cbs,logger = learn.loss_func,list(learn.cbs),learn.logger
+    with pytest.raises(type(exc)): learn.fit(3, 1e-3, cbs=[JoCorCallback(k=2), Stop(event, exc)])
+    assert learn.loss_func is lf and list(learn.cbs) == cbs and learn.logger is logger
+    assert len(learn.validate()) == 2
+    assert learn.get_preds()[0].shape[1] == 10
+    cb = JoCorCallback(k=2)
+    learn.fit(2, 1e-3, cbs=cb)
+    assert len(cb.history) == 2 and all(p.isfinite().all() for p in learn.model.parameters())
+
+def test_a_refused_fit_changes_nothing():
+    learn = digits(noise=None)
+    learn.create_opt()
+    model,opt,splitter,n = learn.model,learn.opt,learn.splitter,len(learn.cbs)
+    weights = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match='forget_rate=None'): learn.fit(1, cbs=JoCorCallback())
+    class Odd(nn.Module):
+        def __init__(self): super().__init__(); self.w = nn.Parameter(torch.randn(64,10))
+        def forward(self, x): return x.flatten(1) @ self.w
+    odd = quiet(Learner(learn.dls, Odd()))
+    m = odd.model
+    with pytest.raises(ValueError, match='pass a factory|Pass a factory'): odd.fit(1, cbs=JoCorCallback(forget_rate=.2))
+    assert odd.model is m
+    with pytest.raises(ValueError, match='parameter groups'): _other_groups(learn)
+    assert (learn.model,learn.opt,learn.splitter,len(learn.cbs)) == (model,opt,splitter,n)
+    assert all(torch.equal(a,b) for a,b in zip(weights, model.parameters()))
+    odd.fit(1, cbs=JoCorCallback(forget_rate=.2, models=Odd))
+    assert odd.model.k == 2
+
+def _other_groups(learn):
+    old,learn.splitter = learn.splitter,lambda m: [[p] for p in m.parameters()]
+    try: learn.fit(1, cbs=JoCorCallback(k=2, forget_rate=.1, models=[jocor_mlp(10,64), nn.Sequential(nn.Flatten(), nn.Linear(64,10))]))
+    finally: learn.splitter = old
+
+@pytest.mark.parametrize('kw,msg', [(dict(k=0),'k=0'), (dict(k=2.5),'k=2.5'), (dict(k='3'),"k='3'"), (dict(k=True),'k=True'), (dict(contrast='js'),"contrast='js'"), (dict(co_lambda=1.2),'co_lambda=1.2'),
+    (dict(forget_rate=1.),'forget_rate=1.0'), (dict(forget_rate=-.1),'forget_rate=-0.1'), (dict(num_gradual=-1),'num_gradual=-1'), (dict(exponent=0.),'exponent=0.0'), (dict(init='body'),"init='body'")])
+def test_bad_arguments(kw, msg):
+    with pytest.raises(ValueError, match=msg): JoCorCallback(**kw)
+
+def tensor_learner(y, model=None, loss=None, n=96):
+    x = torch.randn(n,8)
+    dl = DataLoader(list(zip(x, y)), bs=32, shuffle=True)
+    return quiet(Learner(DataLoaders(dl, dl), model or nn.Linear(8,4), loss_func=loss or CrossEntropyLossFlat()))
+
+@pytest.mark.parametrize('y,msg', [(torch.rand(96),'class indices'), (torch.randint(0,2,(96,3)),'class indices'), (torch.randint(4,9,(96,)),r'must lie in \[0, 4\)')])
+def test_bad_targets(y, msg):
+    learn = tensor_learner(y)
+    m = learn.model
+    with pytest.raises(ValueError, match=msg): learn.fit(1, cbs=JoCorCallback(forget_rate=.1))
+    assert learn.model is m
+
+def test_bad_loss_and_model():
+    y = torch.randint(0,4,(96,))
+    with pytest.raises(ValueError, match='cannot be reduced per sample'): tensor_learner(y, loss=lambda z,y: F.cross_entropy(z,y)).fit(1, cbs=JoCorCallback(forget_rate=.1))
+    with pytest.raises(ValueError, match=r'logits of shape \(N, C\)'): tensor_learner(y, nn.Sequential(nn.Linear(8,4), nn.Unflatten(1,(2,2)))).fit(1, cbs=JoCorCallback(forget_rate=.1))
+    with pytest.raises(ValueError, match='leaves no training batch'): quiet(Learner(digits_dls(bs=5000), jocor_mlp(10,64))).fit(1, cbs=JoCorCallback(forget_rate=.1))
+
+def test_plain_tensor_loaders_and_weighted_loss():
+    y = torch.randint(0,4,(96,))
+    tensor_learner(y, loss=CrossEntropyLossFlat(weight=torch.tensor([1.,2,1,1]))).fit(2, cbs=JoCorCallback(k=3, forget_rate=.1))
+
+def test_trying_a_batch_leaves_the_random_states_alone():
+    a,b = Record(),Record()
+    l1,l2 = digits(),digits()
+    l1.fit(1, 1e-3, cbs=[JoCorCallback(k=2, seed=0), a]); l2.fit(1, 1e-3, cbs=b)
+    assert all(torch.equal(p[1],q[1]) for p,q in zip(a.batches,b.batches))
+
+def test_same_seed_same_weights():
+    w = []
+    for _ in range(2):
+        learn = digits(seed=5)
+        learn.fit_one_cycle(2, 1e-3, cbs=JoCorCallback(k=3))
+        w.append(torch.cat([p.flatten() for p in learn.model.parameters()]))
+    assert torch.equal(*w)
+
+def test_image_folder_with_a_small_resnet(tmp_path):
+    "A `vision_learner`'s model on JPEG-like files through a `DataBlock`, two workers, corrupted labels"
+    from sklearn.datasets import load_digits
+    d = load_digits()
+    for i,(im,t) in enumerate(zip(d.images[:160], d.target[:160])):
+        (tmp_path/str(t)).mkdir(exist_ok=True)
+        PILImage.create(np.repeat((im*15).astype(np.uint8)[...,None],3,-1)).resize((32,32)).save(tmp_path/str(t)/f'{i}.png')
+    block = DataBlock((ImageBlock, NoisyCategoryBlock(Symmetric(.3))), get_items=get_image_files, get_y=parent_label, splitter=RandomSplitter(.2, seed=0))
+    dls = block.dataloaders(tmp_path, bs=32, num_workers=2)
+    learn = quiet(vision_learner(dls, resnet18, pretrained=False, metrics=accuracy, path=tmp_path))
+    cb = JoCorCallback(k=2)
+    learn.fit_one_cycle(2, 1e-3, cbs=cb)
+    n = [len(L(params(m))) for m in learn.model.peers]
+    assert [sum(len(g) for g in learn.opt.param_lists)] == [sum(n)] and len(learn.opt.param_lists) == 3
+    assert cb.history.label_precision.between(0,1).all() and cb.history.kept.iloc[-1] < .75
+    learn.export()
+    assert load_learner(tmp_path/'export.pkl').predict(get_image_files(tmp_path)[0])[2].sum() == pytest.approx(1, abs=1e-5)

@@ -1,0 +1,66 @@
+import math, numpy as np, pytest, torch
+from hypothesis import given, strategies as st
+from fastai_jocor.selection import forget_schedule, keep_count, select_small, selection_counts, label_precision, label_recall
+
+losses = st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), min_size=1, max_size=200)
+rates = st.floats(0, .999)
+
+@given(l=losses, r=rates)
+def test_select_small(l, r):
+    t = torch.tensor(l, dtype=torch.float32)
+    idx = select_small(t, r)
+    finite = [i for i,v in enumerate(l) if math.isfinite(v)]
+    assert len(idx) == max(int((1-r)*len(l)), 1)
+    if not finite: return
+    assert set(idx.tolist()) <= set(finite)
+    want = np.sort(np.array(l, dtype=np.float32)[finite])[:len(idx)]
+    np.testing.assert_array_equal(np.sort(t[idx.unique()].numpy()), want)
+    counts = torch.bincount(idx)[idx.unique()]
+    assert counts.max() - counts.min() <= 1
+
+@given(n=st.integers(1,300), r=rates, seed=st.integers(0,99))
+def test_equals_a_sort_where_all_losses_are_finite(n, r, seed):
+    t = torch.tensor(np.random.RandomState(seed).permutation(n), dtype=torch.float32)
+    assert t[select_small(t, r)].tolist() == list(range(keep_count(n, r)))
+
+def test_floor_as_in_the_official_code():
+    assert [keep_count(10,.8), keep_count(37,.8), keep_count(128,.5), keep_count(3,.9)] == [1,7,64,1]
+
+def test_selection_is_detached():
+    l = torch.randn(5, requires_grad=True)
+    assert not select_small(l, .2).requires_grad
+
+def test_no_host_synchronisation():
+    from torch.utils._python_dispatch import TorchDispatchMode
+    class NoSync(TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            assert f not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), f
+            return f(*args, **(kwargs or {}))
+    with NoSync():
+        with pytest.raises(AssertionError): torch.ones(1).item()
+        kept = select_small(torch.tensor([1.,float('nan'),2.]), .5)
+        selection_counts(kept, torch.ones(3, dtype=torch.bool))
+
+@given(tau=st.floats(0,.99), n=st.integers(1,60), g=st.none()|st.integers(0,40), c=st.floats(.2,3))
+def test_schedule(tau, n, g, c):
+    r = forget_schedule(tau, n, g, c)
+    gradual = min(10, n//2) if g is None else g
+    assert r.shape == (n,) and ((0 <= r) & (r < 1)).all()
+    assert (r[gradual:] == tau).all()
+    assert (np.diff(r[:gradual]) >= 0).all() and (gradual==0 or r[0]==0)
+    if g is None: assert r[-1] == tau
+
+@given(n=st.integers(1,50), seed=st.integers(0,99), r=rates)
+def test_precision_and_recall(n, seed, r):
+    g = torch.Generator().manual_seed(seed)
+    loss,clean = torch.rand(n, generator=g),torch.rand(n, generator=g)<.6
+    kept = select_small(loss, r)
+    c = selection_counts(kept, clean)
+    k,s = set(kept.tolist()),{i for i in range(n) if clean[i]}
+    assert label_precision(c).item() == pytest.approx(len(k&s)/len(k))
+    if s: assert label_recall(c).item() == pytest.approx(len(k&s)/len(s))
+
+@pytest.mark.parametrize('r', (-.1, 1., 1.5, float('nan')))
+def test_bad_rate(r):
+    with pytest.raises(ValueError, match='forget_rate='): select_small(torch.rand(4), r)
+    with pytest.raises(ValueError, match='tau='): forget_schedule(r, 10)
