@@ -6,7 +6,8 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/bench.html.md"""
 
 # %% auto #0
 __all__ = ['PeerAccuracy', 'PaperSchedule', 'PlainTable', 'fast_adam', 'RunConfig', 'run_learner', 'run_history', 'summarise',
-           'machine', 'run', 'save_run', 'plot_history', 'run_dir', 'finished', 'run_grid', 'jocor_train']
+           'machine', 'run', 'save_run', 'plot_history', 'run_dir', 'finished', 'run_grid', 'compare', 'plot_compare',
+           'jocor_train', 'demo_configs', 'jocor_demo']
 
 # %% ../nbs/07_bench.ipynb #68285f04
 import json, os, platform, sys, time, numpy as np, pandas as pd, torch
@@ -118,7 +119,7 @@ class RunConfig:
         "A short name for a table"
         return 'standard' if self.method=='standard' else f'{self.method} k={self.k}' + ('' if self.contrast=='kl' else f' {self.contrast}')
 
-# %% ../nbs/07_bench.ipynb #04f239f6
+# %% ../nbs/07_bench.ipynb #12a92e72
 def run_learner(
     cfg:RunConfig,
     path=None # Folder of the data set; `None` for its default
@@ -145,10 +146,10 @@ def summarise(
     "Score a run: means over the last epochs, and the best epoch apart"
     end = history.tail(last)
     res = dict(epochs=len(history), peer_accuracy=end.peer_accuracy.mean(), ensemble_accuracy=end.accuracy.mean(),
-               best_epoch=int(history.accuracy.idxmax()), best_accuracy=history.accuracy.max())
+               best_epoch=history.accuracy.idxmax(), best_accuracy=history.accuracy.max())
     for name in ('label_precision','label_recall'):
         if name in history: res[name] = end[name].mean()
-    return res
+    return {k: v.item() if isinstance(v, np.generic) else v for k,v in res.items()}
 
 # %% ../nbs/07_bench.ipynb #8a03871f
 def machine():
@@ -167,13 +168,13 @@ def _write(path, text):
     tmp.write_text(text, encoding='utf-8')
     os.replace(tmp, path)
 
-# %% ../nbs/07_bench.ipynb #76c3ac22
+# %% ../nbs/07_bench.ipynb #a60ce9c8
 def run(
     cfg:RunConfig,
     out=None, # Folder for config.json, history.csv, learning_curve.png, model.pth and result.json; `None` writes nothing
     path=None, # Folder of the data set; `None` for its default
     verbose:bool=True, # Print the epoch table
-    save_model:bool=True # Write the weights
+    extras:bool=True # Write learning_curve.png and model.pth too
 )->tuple: # The learner, the history (a `DataFrame`) and the result (a `dict`)
     "Train one network or k peers as `cfg` says"
     learn,cb,peer_acc = run_learner(cfg, path),cfg.callback(),PeerAccuracy()
@@ -185,17 +186,18 @@ def run(
         else: learn.fit_one_cycle(cfg.epochs, cfg.lr, cbs=cbs)
     history = run_history(learn, peer_acc)
     result = dict(name=cfg.name, **summarise(history), seconds=round(time.perf_counter()-start, 1), config=asdict(cfg), machine=machine())
-    if out is not None: save_run(Path(out), cfg, learn, history, result, save_model)
+    if out is not None: save_run(Path(out), cfg, learn, history, result, extras)
     return learn,history,result
 
-def save_run(out, cfg, learn, history, result, save_model=True):
+def save_run(out, cfg, learn, history, result, extras=True):
     "Write what a run leaves, result.json last"
     out.mkdir(parents=True, exist_ok=True)
     _write(out/'config.json', json.dumps(asdict(cfg), indent=1))
     _write(out/'history.csv', history.to_csv(index=False, float_format='%.6g'))
-    plot_history(history, cfg).savefig(out/'learning_curve.png', dpi=100)
-    plt.close()
-    if save_model: torch.save(learn.model.state_dict(), out/'model.pth')
+    if extras:
+        plot_history(history, cfg).savefig(out/'learning_curve.png', dpi=100)
+        plt.close()
+        torch.save(learn.model.state_dict(), out/'model.pth')
     _write(out/'result.json', json.dumps(result, indent=1))
 
 # %% ../nbs/07_bench.ipynb #485157ef
@@ -213,7 +215,7 @@ def plot_history(
     ax.legend(loc='lower right')
     return fig
 
-# %% ../nbs/07_bench.ipynb #c7994923
+# %% ../nbs/07_bench.ipynb #780c942a
 def run_dir(
     out, # Folder of the grid
     cfg:RunConfig
@@ -232,25 +234,52 @@ def finished(
     except (OSError, ValueError): return None
     return res if res['config'] == asdict(cfg) else None
 
-def _run_cell(cfg, out, path):
+def _run_cell(cfg, out, path, redo):
     torch.set_num_threads(1)
     d = run_dir(out, cfg)
-    return finished(d, cfg) or run(cfg, d, path, verbose=False, save_model=False)[2]
+    return (None if redo else finished(d, cfg)) or run(cfg, d, path, verbose=False, extras=False)[2]
 
 def run_grid(
     cfgs:list, # Configurations
     out, # Folder of the grid
     path=None, # Folder of the data sets; `None` for their default
-    n_jobs:int=-1 # Runs side by side; -1 for one a core
+    n_jobs:int=-1, # Runs side by side; -1 for one a core
+    redo:bool=False # Repeat finished runs too
 )->pd.DataFrame: # A row per run, in the order of `cfgs`
     "Do the runs of a grid that are not done yet, each on one thread"
     from joblib import Parallel, delayed
-    todo = (delayed(_run_cell)(c, out, path) for c in cfgs)
+    todo = (delayed(_run_cell)(c, out, path, redo) for c in cfgs)
     rows = []
     for res in Parallel(n_jobs=n_jobs, return_as='generator')(todo):
         rows.append({k:v for k,v in res.items() if k not in ('config','machine')} | res['config'])
         print(f"{len(rows)}/{len(cfgs)}  {res['name']}  seed {res['config']['seed']}  accuracy {res['ensemble_accuracy']:.4f}  {res['seconds']:.0f} s", flush=True)
     return pd.DataFrame(rows)
+
+# %% ../nbs/07_bench.ipynb #5700d6aa
+def _mean_std(x): return f'{100*x.mean():.2f} ± {100*x.std(ddof=1):.2f}' if len(x)>1 else f'{100*x.mean():.2f}'
+
+def compare(
+    df:pd.DataFrame # Of `run_grid`
+)->pd.DataFrame: # A row per method; percent, mean ± standard deviation over the seeds
+    "Compare methods: the last ten epochs of the ensemble and of the single peers, and the best epoch apart"
+    cols = dict(ensemble_accuracy='test accuracy', peer_accuracy='single peers', best_accuracy='best epoch', label_precision='label precision')
+    res = df.groupby('name', sort=False)[[c for c in cols if c in df]].agg(_mean_std).rename(columns=cols)
+    return res.where(~res.isin(['nan ± nan','nan']), '–').rename_axis('method')
+
+def plot_compare(
+    histories:dict # From a method's name to the histories of its runs
+):
+    "Plot test accuracy and label precision against the epoch: mean over the runs, and a band from the lowest to the highest"
+    fig,axs = plt.subplots(1, 2, figsize=(10,3.8), layout='constrained')
+    for (name,hs),color in zip(histories.items(), ('tab:gray','tab:orange','tab:blue','tab:green','tab:red','tab:purple')):
+        for ax,col in zip(axs, ('accuracy','label_precision')):
+            if any(col not in h for h in hs): continue
+            y = np.stack([h[col].values for h in hs])
+            ax.plot(y.mean(0), color=color, label=name, lw=2)
+            ax.fill_between(range(y.shape[1]), y.min(0), y.max(0), color=color, alpha=.2, lw=0)
+    axs[0].set(title='test accuracy', xlabel='epoch'); axs[1].set(title='label precision: share of clean labels among the kept', xlabel='epoch')
+    for ax in axs: ax.grid(alpha=.3); ax.legend(loc='lower right')
+    return fig
 
 # %% ../nbs/07_bench.ipynb #72fc633f
 @call_parse
@@ -283,3 +312,28 @@ def jocor_train(
     print(f"last {min(10,epochs)} epochs: accuracy {res['ensemble_accuracy']:.4f}, mean of the single peers {res['peer_accuracy']:.4f}"
           + (f", label precision {res['label_precision']:.4f}" if 'label_precision' in res else ''))
     print(f'written to {out}')
+
+# %% ../nbs/07_bench.ipynb #09eb146c
+def demo_configs(epochs=150, seeds=3):
+    "Digits, half of whose labels are wrong: one network plainly, two peers, three peers"
+    return [RunConfig('digits', method=m, k=k, bs=64, lr=2e-3, epochs=epochs, seed=s) for m,k in (('standard',1),('jocor',2),('jocor',3)) for s in range(seeds)]
+
+@call_parse
+def jocor_demo(
+    out:str='runs/demo', # Output folder
+    epochs:int=150, # Number of epochs
+    seeds:int=3, # Runs per method, at least 1
+    n_jobs:int=-1 # Runs side by side; -1 for one a core
+):
+    "Train on digits with half of the labels wrong: one network plainly, two peers and three peers, and compare"
+    start,out = time.perf_counter(),Path(out)
+    cfgs = demo_configs(epochs, seeds)
+    print(f'1,257 handwritten digits to learn from, half of them with a wrong label; 540 to test on, with their true labels.\n{len(cfgs)} runs of {epochs} epochs:', flush=True)
+    df = run_grid(cfgs, out, n_jobs=n_jobs, redo=True)
+    table = compare(df)
+    histories = {n: [pd.read_csv(run_dir(out,c)/'history.csv') for c in cfgs if c.name==n] for n in table.index}
+    plot_compare(histories).savefig(out/'demo.png', dpi=110)
+    plt.close()
+    table.to_csv(out/'demo.csv')
+    print(f"\nPercent, mean ± standard deviation over {seeds} seeds; the last {min(10,epochs)} of {epochs} epochs, and the best epoch apart:\n\n{table.to_string()}\n")
+    print(f"{time.perf_counter()-start:.0f} s. The picture: {out/'demo.png'}")

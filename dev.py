@@ -1,0 +1,56 @@
+"""Set up this project and work on it: python3 dev.py VERB [options]
+
+  demo    train on noisy digits with one, two and three networks, and show the result
+  test    run all tests (options go to pytest, such as: -k losses)
+  docs    run the notebooks, render README.md, and check the documentation
+  help    this text
+
+The first call makes .venv and installs the project into it; later calls start at once.
+"""
+import hashlib, os, subprocess, sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT/'.venv'
+BIN = VENV/('Scripts' if os.name == 'nt' else 'bin')
+PYTHON = BIN/('python.exe' if os.name == 'nt' else 'python')
+NO_VENV = """Python's `venv` module is incomplete here.
+  Debian, Ubuntu:  sudo apt install python3-venv
+  Fedora:          sudo dnf install python3-pip
+  others:          install Python 3.10 or newer from python.org"""
+
+def call(*args, **kwargs):
+    "Run a command in the project's folder, and stop with its exit code if it fails"
+    code = subprocess.call([str(a) for a in args], cwd=ROOT, **kwargs)
+    if code: sys.exit(code)
+
+def stamp():
+    "What the installation depends on"
+    text = (ROOT/'pyproject.toml').read_text(encoding='utf-8') + sys.version + str(ROOT)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+def setup():
+    "Make .venv and install the project, unless that was done for this very configuration"
+    done = VENV/'installed'
+    if PYTHON.exists() and done.exists() and done.read_text() == stamp(): return
+    try: import ensurepip, venv
+    except ImportError: sys.exit(NO_VENV)
+    print('Setting up .venv (the first time takes some minutes: PyTorch is large)', flush=True)
+    if not PYTHON.exists(): venv.create(VENV, with_pip=True)
+    call(PYTHON, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', '-e', f'{ROOT}[dev]')
+    done.write_text(stamp())
+
+def demo(args): call(BIN/'jocor_demo', *args, env={**os.environ, 'PYTHONWARNINGS': 'ignore'})
+def test(args): call(PYTHON, '-m', 'pytest', *args)
+def docs(args): call(PYTHON, ROOT/'tools'/'docs.py', *args)
+
+def main(verb='help', *args):
+    verbs = dict(demo=demo, test=test, docs=docs)
+    if verb not in verbs:
+        print(__doc__)
+        sys.exit(verb not in ('help', '-h', '--help'))
+    if sys.version_info < (3, 10): sys.exit(f'fastai_jocor needs Python 3.10 or newer, not {sys.version.split()[0]}')
+    setup()
+    verbs[verb](args)
+
+if __name__ == '__main__': main(*sys.argv[1:])

@@ -1,0 +1,87 @@
+"The project agrees with itself: settings, exports, notebooks, documentation."
+import importlib.metadata, json, re, shutil, subprocess, sys, pytest
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT/'tools'))
+import docs, sync_settings
+
+NOTEBOOKS = docs.notebooks()
+
+@pytest.mark.parametrize('nb', NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook(nb, monkeypatch):
+    from nbdev.test import test_nb as run_nb
+    monkeypatch.chdir(nb.parent)
+    assert run_nb(nb, skip_flags=['slow','cuda'])[0]
+
+def test_settings_are_the_source_of_truth():
+    from nbdev.config import get_config
+    assert sync_settings.main(check=True) == 0
+    s,cfg,meta = sync_settings.read_settings(),get_config(ROOT),importlib.metadata.metadata('fastai_jocor')
+    import fastai_jocor
+    assert s['version'] == fastai_jocor.__version__ == cfg.version == meta['Version']
+    assert s['lib_name'] == cfg.lib_name == meta['Name']
+    assert s['nbs_path'] == Path(cfg.nbs_path).name and s['tst_flags'].split() == list(cfg.tst_flags)
+    assert meta['Requires-Python'] == f">={s['min_python']}" and meta['License-Expression'] == s['license']
+    norm = lambda o: ','.join(sorted(re.split(r',|(?=[<>])', o.replace(' ',''))))
+    required = [r for r in meta.get_all('Requires-Dist') if 'extra ==' not in r]
+    assert {norm(o) for o in required} == {norm(o) for o in s['requirements'].split()}
+    scripts = {e.name: e.value for e in importlib.metadata.distribution('fastai_jocor').entry_points if e.group=='console_scripts'}
+    assert scripts == dict(o.strip().split('=') for o in s['console_scripts'].splitlines() if o.strip())
+
+def test_drift_of_settings_is_seen(tmp_path, capsys):
+    shutil.copytree(ROOT/'fastai_jocor', tmp_path/'fastai_jocor')
+    for f in ('settings.ini','pyproject.toml'): shutil.copy(ROOT/f, tmp_path)
+    assert sync_settings.main(check=True, root=tmp_path) == 0
+    ini = tmp_path/'settings.ini'
+    ini.write_text(re.sub(r'(?m)^version = .*', 'version = 9.9.9', ini.read_text()))
+    assert sync_settings.main(check=True, root=tmp_path) == 1
+    sync_settings.main(root=tmp_path)
+    assert sync_settings.main(check=True, root=tmp_path) == 0 and '9.9.9' in (tmp_path/'fastai_jocor'/'__init__.py').read_text()
+
+@pytest.fixture(scope='module')
+def copy(tmp_path_factory):
+    "A copy of the sources, to export and clean in"
+    tmp = tmp_path_factory.mktemp('copy')
+    for d in ('nbs','fastai_jocor'): shutil.copytree(ROOT/d, tmp/d, ignore=shutil.ignore_patterns('__pycache__','models','_*.yml'))
+    for f in ('pyproject.toml','settings.ini','README.md'): shutil.copy(ROOT/f, tmp)
+    return tmp
+
+def test_modules_are_what_the_notebooks_export(copy):
+    code = 'from nbdev.export import nb_export; from nbdev.doclinks import nbdev_export; nbdev_export()'
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=copy, check=True, capture_output=True)
+    for p in sorted((ROOT/'fastai_jocor').glob('*.py')): assert p.read_text() == (copy/'fastai_jocor'/p.name).read_text(), p.name
+    assert {p.name for p in (ROOT/'fastai_jocor').glob('*.py')} == {p.name for p in (copy/'fastai_jocor').glob('*.py')}
+
+def test_notebooks_are_clean(copy):
+    before = {p: p.read_text(encoding='utf-8') for p in (copy/'nbs').rglob('*.ipynb')}
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', 'from nbdev.clean import nbdev_clean; nbdev_clean()'], cwd=copy, check=True, capture_output=True)
+    for p,text in before.items(): assert p.read_text(encoding='utf-8') == text, p.name
+
+def test_imports_go_downwards_only():
+    order = 'losses selection peers noise data callback audit bench'.split()
+    for p in (ROOT/'fastai_jocor').glob('*.py'):
+        if p.stem not in order: continue
+        for used in re.findall(r'(?m)^from (?:fastai_jocor)?\.(\w+) import', p.read_text()): assert order.index(used) < order.index(p.stem), f'{p.stem} imports {used}'
+
+@pytest.mark.parametrize('module', ('losses','selection'))
+def test_pure_torch_modules_do_not_import_fastai(module):
+    code = f"import sys, fastai_jocor.{module}; assert not any(m.split('.')[0] in ('fastai','fastcore') for m in sys.modules)"
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True)
+
+def test_documentation(): assert list(docs.problems()) == []
+def test_readme(): assert (ROOT/'README.md').read_text(encoding='utf-8') == docs.readme()
+
+def test_nothing_private():
+    "No path of a machine, no folder outside of the project"
+    files = subprocess.run(['git','ls-files'], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    outside = '../sha'+'red'
+    for f in files:
+        if not (ROOT/f).is_file() or f.endswith(('.png','.json')): continue
+        text = (ROOT/f).read_text(encoding='utf-8')
+        assert outside not in text and '/ro'+'ot/' not in text and '/wo'+'rk/' not in text, f
+
+def test_dev_help():
+    out = subprocess.run([sys.executable, ROOT/'dev.py', 'help'], capture_output=True, text=True)
+    assert out.returncode == 0 and 'demo' in out.stdout and 'test' in out.stdout
+    assert subprocess.run([sys.executable, ROOT/'dev.py', 'nonsense'], capture_output=True).returncode == 1

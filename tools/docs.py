@@ -1,0 +1,79 @@
+"""Run the notebooks and keep their outputs, write README.md from nbs/index.ipynb, and check the documentation.
+
+    python tools/docs.py            # README and checks
+    python tools/docs.py --run      # run every notebook first, and save what it shows
+    python tools/docs.py --check    # only say what is not as it should be
+"""
+import json, re, sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT/'nbs'
+
+def notebooks(): return sorted(p for p in NBS.rglob('*.ipynb') if not any(o.startswith(('.','_')) for o in p.relative_to(NBS).parts))
+def cells(p): return json.loads(p.read_text(encoding='utf-8'))['cells']
+def source(c): return ''.join(c['source'])
+
+def run_notebooks():
+    "Run each notebook in a process of its own, so that each shows what it shows when it is opened first"
+    import subprocess
+    for p in notebooks():
+        print(p.relative_to(ROOT), flush=True)
+        code = f"import sys; from nbdev.test import test_nb; sys.exit(not test_nb({str(p)!r}, skip_flags=['slow','cuda'], save=True)[0])"
+        subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True, cwd=p.parent)
+    from nbdev.clean import nbdev_clean
+    nbdev_clean(str(NBS))
+
+def readme():
+    "The text of README.md"
+    from nbformat import reads
+    nb = reads((NBS/'index.ipynb').read_text(encoding='utf-8'), as_version=4)
+    nb.cells = [c for c in nb.cells if not re.match(r'#\| *(hide|export)', c.source)]
+    for c in nb.cells:
+        if c.cell_type == 'code' and '#| echo: false' in c.source: c.metadata['hide_source'] = True
+    parts = []
+    for c in nb.cells:
+        if c.cell_type == 'markdown': parts.append(c.source)
+        else:
+            if not c.metadata.get('hide_source'): parts.append('```python\n' + re.sub(r'(?m)^#\|.*\n', '', c.source) + '\n```')
+            parts += [_output(o) for o in c.outputs]
+    text = '\n\n'.join(p.strip('\n') for p in parts if p.strip()) + '\n'
+    text = re.sub(r'\]\(images/', '](nbs/images/', text)
+    return re.sub(r'\]\((\w+)\.ipynb\)', lambda m: f"](nbs/{m[1]}.ipynb)", text)
+
+def _output(o):
+    if o.output_type == 'stream': return '```\n' + ''.join(o.text).rstrip() + '\n```'
+    data = o.get('data', {})
+    return ''.join(data.get('text/markdown', '')) or ('```\n' + ''.join(data.get('text/plain', '')) + '\n```')
+
+def problems():
+    "What a reader would stumble over"
+    for p in notebooks():
+        name,cs = p.relative_to(ROOT).as_posix(),cells(p)
+        first = source(cs[0])
+        if not re.match(r'# .+\n+> .+', first): yield f'{name}: the first cell must be a title and a line under it that starts with >'
+        code = [c for c in cs if c['cell_type'] == 'code' and not re.search(r'#\| *(hide|default_exp)', source(c))]
+        if not any(c.get('outputs') for c in code): yield f'{name}: no saved output at all'
+        for c in cs:
+            for o in c.get('outputs', []):
+                if o['output_type'] == 'error': yield f"{name}: a saved error: {o['ename']}"
+            if c['cell_type'] != 'markdown': continue
+            for link in re.findall(r'\]\(([^)#\s]+)[^)]*\)', source(c)):
+                if not re.match(r'https?:|mailto:', link) and not (p.parent/link).exists(): yield f'{name}: link to {link} leads nowhere'
+            for alt in re.findall(r'!\[([^\]]*)\]', source(c)):
+                if not alt: yield f'{name}: a picture without alternative text'
+    listed = set(re.findall(r'- (\S+\.ipynb)', (NBS/'sidebar.yml').read_text(encoding='utf-8')))
+    for p in notebooks():
+        if p.relative_to(NBS).as_posix() not in listed: yield f'nbs/sidebar.yml: {p.relative_to(NBS).as_posix()} is missing'
+
+def main(*args):
+    if '--run' in args: run_notebooks()
+    found,text = list(problems()),readme()
+    if '--check' in args:
+        if (ROOT/'README.md').read_text(encoding='utf-8') != text: found.append('README.md is not what nbs/index.ipynb gives: run python3 dev.py docs')
+    else: (ROOT/'README.md').write_text(text, encoding='utf-8', newline='\n')
+    for o in found: print(o)
+    print(f'{len(notebooks())} notebooks, {len(found)} problems')
+    return int(bool(found))
+
+if __name__ == '__main__': sys.exit(main(*sys.argv[1:]))
