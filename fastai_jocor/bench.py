@@ -76,7 +76,7 @@ class PlainTable(Callback):
     def _row(self, log): print('  '.join(f'{o:>14.4f}' if isinstance(o,float) else f'{str(o):>14}' for o in log), flush=True)
     def after_fit(self): self.learn.logger = self._old
 
-# %% ../nbs/07_bench.ipynb #9de104e3
+# %% ../nbs/07_bench.ipynb #1c9fe1e5
 def fast_adam(params, **kwargs):
     "torch's fused Adam as a fastai optimizer: one call a step instead of Python for each parameter"
     return OptimWrapper(params, opt=partial(torch.optim.Adam, fused=True), **kwargs)
@@ -92,7 +92,7 @@ class RunConfig:
     contrast:str = 'kl' # `kl`, `kl_circular`, `ce` or `ce_circular`
     co_lambda:float = 0.9 # Weight of the contrast, in [0, 1]
     forget_rate:float = None # Final forget rate, in [0, 1); `None`: the known noise rate
-    num_gradual:int = None # Epochs over which the forget rate rises; `None`: 10, but at most half of the run
+    num_gradual:int = None # Epochs over which the forget rate rises; `None`: as `JoCorCallback` does
     epochs:int = 30 # Number of epochs, at least 1
     bs:int = 128 # Items per batch
     lr:float = 1e-3 # Learning rate; the highest of one-cycle
@@ -215,14 +215,14 @@ def plot_history(
     ax.legend(loc='lower right')
     return fig
 
-# %% ../nbs/07_bench.ipynb #780c942a
+# %% ../nbs/07_bench.ipynb #50f3c403
 def run_dir(
     out, # Folder of the grid
     cfg:RunConfig
 )->Path:
     "The folder of a run in a grid"
     base,parts = RunConfig(),[cfg.dataset, f'{cfg.noise}{cfg.rate:g}', cfg.name.replace(' ','_').replace('=','')]
-    parts += [f'{n}{getattr(cfg,n)}' for n in ('co_lambda','forget_rate','num_gradual','epochs','bs','lr') if getattr(cfg,n) != getattr(base,n)]
+    parts += [f'{n}{getattr(cfg,n)}' for n in ('co_lambda','forget_rate','num_gradual','epochs','bs','lr','schedule') if getattr(cfg,n) != getattr(base,n)]
     return Path(out)/'-'.join([*parts, f'seed{cfg.seed}'])
 
 def finished(
@@ -281,7 +281,7 @@ def plot_compare(
     for ax in axs: ax.grid(alpha=.3); ax.legend(loc='lower right')
     return fig
 
-# %% ../nbs/07_bench.ipynb #72fc633f
+# %% ../nbs/07_bench.ipynb #3e7d360a
 @call_parse
 def jocor_train(
     dataset:str='digits', # digits or mnist
@@ -293,7 +293,7 @@ def jocor_train(
     contrast:str='kl', # kl, kl_circular, ce or ce_circular
     co_lambda:float=0.9, # Weight of the contrast, in [0, 1]
     forget_rate:float=None, # Final forget rate, in [0, 1); default: the known noise rate
-    num_gradual:int=None, # Epochs over which the forget rate rises; default: 10, but at most half of the run
+    num_gradual:int=None, # Epochs over which the forget rate rises; default: 10, or more on small data, at most half of the run
     epochs:int=30, # Number of epochs
     bs:int=128, # Items per batch
     lr:float=1e-3, # Learning rate; the highest of one-cycle
@@ -313,15 +313,15 @@ def jocor_train(
           + (f", label precision {res['label_precision']:.4f}" if 'label_precision' in res else ''))
     print(f'written to {out}')
 
-# %% ../nbs/07_bench.ipynb #09eb146c
-def demo_configs(epochs=150, seeds=3):
+# %% ../nbs/07_bench.ipynb #29bbc6e4
+def demo_configs(epochs=100, seeds=3):
     "Digits, half of whose labels are wrong: one network plainly, two peers, three peers"
     return [RunConfig('digits', method=m, k=k, bs=64, lr=2e-3, epochs=epochs, seed=s) for m,k in (('standard',1),('jocor',2),('jocor',3)) for s in range(seeds)]
 
 @call_parse
 def jocor_demo(
     out:str='runs/demo', # Output folder
-    epochs:int=150, # Number of epochs
+    epochs:int=100, # Number of epochs
     seeds:int=3, # Runs per method, at least 1
     n_jobs:int=-1 # Runs side by side; -1 for one a core
 ):

@@ -8,16 +8,16 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/callback.html.md"""
 __all__ = ['ColumnNames', 'ColumnsCallback', 'is_validating', 'is_plain_ce', 'per_sample_loss', 'epoch_idxs',
            'same_random_states', 'PeersCallback', 'JoCorCallback']
 
-# %% ../nbs/05_callback.ipynb #9dcffa5e
+# %% ../nbs/05_callback.ipynb #c82e9bea
 import torch, pandas as pd
 from fastai.basics import *
 from fastai.layers import NoneReduce
 from fastai.torch_core import get_random_states, set_random_states
 from .losses import joint_loss, check_contrast, check_co_lambda
-from .selection import check_forget_rate, forget_schedule, select_small, selection_counts
+from .selection import check_forget_rate, default_num_gradual, forget_schedule, select_small, selection_counts
 from .peers import Peers, PeerSplitter, make_peers, mean_log_prob, check_k
 
-# %% ../nbs/05_callback.ipynb #429135ca
+# %% ../nbs/05_callback.ipynb #57f725cb
 class ColumnNames(Callback):
     "Put the column names of another callback into the epoch table"
     order = 55
@@ -46,7 +46,7 @@ class ColumnsCallback(Callback):
     @property
     def history(self):
         "Figures of each epoch trained with this callback, over all its fits"
-        return pd.DataFrame(self.rows, columns=['epoch', *self.columns])
+        return pd.DataFrame(self.rows)
 
     def epoch_values(self):
         "Values of `columns` for the epoch that ends, or `None` if it was skipped"
@@ -55,7 +55,7 @@ class ColumnsCallback(Callback):
     def after_epoch(self):
         values = self.epoch_values()
         if values is None: return
-        self.rows.append([self.epoch, *values])
+        self.rows.append(dict(zip(['epoch', *self.columns], [self.epoch, *values])))
         if hasattr(self.learn, 'recorder'): self.recorder.log += list(values)
 
 def is_validating(learn):
@@ -109,7 +109,7 @@ def same_random_states(dl):
         set_random_states(**states)
         if rng is not None: dl.rng = rng
 
-# %% ../nbs/05_callback.ipynb #b28670a4
+# %% ../nbs/05_callback.ipynb #fb2ec9cf
 class PeersCallback(ColumnsCallback):
     "Base of the methods that train k peers on the small-loss items of each batch; a method defines `batch_loss`"
     order,run_valid = -5,False
@@ -117,7 +117,7 @@ class PeersCallback(ColumnsCallback):
     def __init__(self,
         k:int=2, # Number of peers, at least 1
         forget_rate:float=None, # Final share τ of each batch that is dropped, in [0, 1); `None`: the known noise rate of `dls.noise`
-        num_gradual:int=None, # Epochs over which the forget rate rises to τ; `None`: 10, but at most half of the run
+        num_gradual:int=None, # Epochs over which the forget rate rises to τ; `None`: 10, or more on small data, at most half of the run (`default_num_gradual`)
         exponent:float=1., # Exponent c > 0: the rise ends at τ**c
         models=None, # A list of k models, or a factory called once a peer; `None`: from the learner's model
         init:str=None, # Peers of one model: `all` layers draw new weights, or the `head` only; `None`: `head` for a pretrained or frozen model
@@ -147,8 +147,9 @@ class PeersCallback(ColumnsCallback):
         if not self.run: return
         self._noise,self.figures = self.noise,None
         self.tau = self._final_rate()
-        self.schedule = forget_schedule(self.tau, self.n_epoch, self.num_gradual, self.exponent)
         self._try_batch()
+        gradual = ifnone(self.num_gradual, default_num_gradual(self.n_epoch, len(self.dls.train)))
+        self.schedule = forget_schedule(self.tau, self.n_epoch, gradual, self.exponent)
         if isinstance(self.model, Peers):
             if self.model.k != self.k: raise ValueError(f"k={self.k} does not fit the learner, which already holds {self.model.k} peers: pass k={self.model.k}, or make a new Learner")
         else: self._to_peers()
@@ -255,7 +256,7 @@ class PeersCallback(ColumnsCallback):
         values,self.figures = self.figures,None
         return values
 
-# %% ../nbs/05_callback.ipynb #f0edb485
+# %% ../nbs/05_callback.ipynb #88f6266a
 class JoCorCallback(PeersCallback):
     "Train k peers by one joint loss on the items on which they agree with the label and with each other (JoCoR, Wei et al. 2020)"
     def __init__(self,
@@ -263,7 +264,7 @@ class JoCorCallback(PeersCallback):
         co_lambda:float=0.9, # Weight λ of the contrast against the cross-entropy, in [0, 1]; the same meaning for any k and contrast
         forget_rate:float=None, # Final share τ of each batch that is dropped, in [0, 1); `None`: the known noise rate of `dls.noise`
         contrast:str='kl', # `kl`, `kl_circular`, `ce` or `ce_circular`
-        num_gradual:int=None, # Epochs over which the forget rate rises to τ; `None`: 10, but at most half of the run
+        num_gradual:int=None, # Epochs over which the forget rate rises to τ; `None`: 10, or more on small data, at most half of the run (`default_num_gradual`)
         exponent:float=1., # Exponent c > 0: the rise ends at τ**c
         **kwargs # `models`, `init`, `seed`: see `PeersCallback`
     ):

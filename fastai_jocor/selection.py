@@ -12,17 +12,18 @@ __all__ = ['check_forget_rate', 'default_num_gradual', 'forget_schedule', 'keep_
 import numpy as np, torch
 from torch import Tensor
 
-# %% ../nbs/01_selection.ipynb #ef9a7613
+# %% ../nbs/01_selection.ipynb #84714e4d
 def check_forget_rate(tau, name='forget_rate'):
     "Return `tau`, or raise a `ValueError` if it is outside [0, 1)"
     if not 0 <= tau < 1: raise ValueError(f"{name}={tau!r} must lie in [0, 1): the share of each batch that is dropped, at most the share of wrong labels")
     return tau
 
 def default_num_gradual(
-    n_epoch:int # Number of epochs of the run
+    n_epoch:int, # Number of epochs of the run
+    n_batch:int=None # Training batches in an epoch; `None` for as many as the papers have, or more
 )->int: # Epochs over which the forget rate rises
-    "The papers' 10 epochs, but at most half of the run"
-    return min(10, n_epoch//2)
+    "The papers' 10 epochs, or the 3,900 batches that these have on CIFAR if the data are smaller, but at most half of the run"
+    return min(10 if n_batch is None else max(10, -(-3900//n_batch)), n_epoch//2)
 
 # %% ../nbs/01_selection.ipynb #f8d67f90
 def forget_schedule(

@@ -32,7 +32,7 @@ def test_train_command_refuses(args, msg, tmp_path):
     assert msg in str(e.value) and not (tmp_path/'x').exists()
 
 def test_demo_command(tmp_path):
-    p = script('jocor_demo', '--out', tmp_path, '--epochs', 4, '--seeds', 2, '--n_jobs', 2)
+    p = script('jocor_demo', '--out', tmp_path, '--epochs', 4, '--seeds', 2, '--n-jobs', 2)
     assert p.returncode == 0, p.stderr
     table = pd.read_csv(tmp_path/'demo.csv', index_col=0)
     assert list(table.index) == ['standard','jocor k=2','jocor k=3'] and table.loc['standard','label precision'] == '–'

@@ -1,6 +1,6 @@
 import math, numpy as np, pytest, torch
 from hypothesis import given, strategies as st
-from fastai_jocor.selection import forget_schedule, keep_count, select_small, selection_counts, label_precision, label_recall
+from fastai_jocor.selection import default_num_gradual, forget_schedule, keep_count, select_small, selection_counts, label_precision, label_recall
 
 losses = st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), min_size=1, max_size=200)
 rates = st.floats(0, .999)
@@ -64,3 +64,9 @@ def test_precision_and_recall(n, seed, r):
 def test_bad_rate(r):
     with pytest.raises(ValueError, match='forget_rate='): select_small(torch.rand(4), r)
     with pytest.raises(ValueError, match='tau='): forget_schedule(r, 10)
+
+@given(n=st.integers(1,300), b=st.integers(1,10_000))
+def test_default_rise(n, b):
+    g = default_num_gradual(n, b)
+    assert g <= n//2 and (g == n//2 or g >= 10 and (g-1)*b < max(3900, 10*b) and g*b >= 3900)
+    assert default_num_gradual(n) == min(10, n//2)
