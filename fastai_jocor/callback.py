@@ -92,7 +92,7 @@ def per_sample_loss(
     raise ValueError(f"loss_func={loss_func!r} cannot be reduced per sample: small-loss selection needs one loss per item, "
                      "so it must have a `reduction` attribute or argument that takes 'none', or return shape (N,)")
 
-# %% ../nbs/05_callback.ipynb #9da72670
+# %% ../nbs/05_callback.ipynb #de7350a8
 def epoch_idxs(
     dl # A loader that is being iterated over
 ): # Positions in its data set in the order of this epoch, or `None` if it does not tell
@@ -104,12 +104,17 @@ def epoch_idxs(
 def same_random_states(dl):
     "Leave the random states, the loader's own among them, as they were"
     states,rng = get_random_states(),getattr(dl, 'rng', None)
+    own = rng.getstate() if rng is not None else None
     try: yield
     finally:
         set_random_states(**states)
-        if rng is not None: dl.rng = rng
+        if rng is not None:
+            rng.setstate(own)
+            dl.rng = rng
 
-# %% ../nbs/05_callback.ipynb #fb2ec9cf
+# %% ../nbs/05_callback.ipynb #8d65a954
+_unknown = object()
+
 class PeersCallback(ColumnsCallback):
     "Base of the methods that train k peers on the small-loss items of each batch; a method defines `batch_loss`"
     order,run_valid = -5,False
@@ -163,7 +168,7 @@ class PeersCallback(ColumnsCallback):
                          "pass forget_rate, your estimate of the share of wrong labels, such as JoCorCallback(forget_rate=0.2)")
 
     def _try_batch(self):
-        "Check a batch and the loss on it before anything is changed"
+        "Check a batch and the loss on it before anything is changed; where the model needs what other callbacks do to a batch, the first batch is checked"
         dl = self.dls.train
         if len(dl) == 0: raise ValueError(f"bs={dl.bs} leaves no training batch: the training set holds {len(dl.dataset)} items and incomplete batches are dropped")
         mode = self.model.training
@@ -171,8 +176,10 @@ class PeersCallback(ColumnsCallback):
             b = self.learn._set_device(dl.one_batch())
             n_inp = getattr(self.dls, 'n_inp', max(len(b)-1, 1))
             try: pred = self.model.eval()(*[_plain(o) for o in b[:n_inp]])
+            except Exception: pred = None
             finally: self.model.train(mode)
-        self._check_batch(_plain(pred), [_plain(o) for o in b[n_inp:]])
+        self.item_loss = _unknown
+        if pred is not None: self._check_batch(_plain(pred), [_plain(o) for o in b[n_inp:]])
 
     def _check_batch(self, pred, targs):
         if len(targs) != 1: raise ValueError(f"the batch holds {len(targs)} targets, but must hold one: class indices of shape (N,)")
@@ -231,8 +238,9 @@ class PeersCallback(ColumnsCallback):
 
     def after_loss(self):
         self.learn.yb,logits = self.targs,_plain(self.learn.pred)
+        if self.item_loss is _unknown: self._check_batch(logits[0].detach(), [_plain(o) for o in self.yb])
         loss,kept = self.batch_loss(logits, _plain(self.yb[0]), self.rate)
-        self.learn.loss_grad,self.learn.loss = loss,loss.detach().clone()
+        self.learn.loss_grad,self.learn.loss = loss,loss.detach().clone().float()
         logits = logits.detach()
         self.learn.pred = mean_log_prob(logits)
         self._count(logits, kept)

@@ -36,12 +36,20 @@ def loop(nets, batches, rates, lam, lr):
         loss[torch.as_tensor(kept)].mean().backward()
         opt.step()
 
+def digits64():
+    "Digits as float64 pixels in plain loaders, half of the labels wrong: no rounding decides which items are kept"
+    from sklearn.datasets import load_digits
+    d = load_digits()
+    x,y = torch.as_tensor(d.data/16),torch.as_tensor(Symmetric(.5).corrupt(d.target, 10))
+    dls = DataLoaders(DataLoader(list(zip(x[:1200],y[:1200])), bs=64, shuffle=True), DataLoader(list(zip(x[1200:],y[1200:])), bs=64))
+    return quiet(Learner(dls, jocor_mlp(10,64).double(), loss_func=CrossEntropyLossFlat(), opt_func=fast_adam))
+
 @pytest.mark.parametrize('k', (1,2,3))
 def test_same_weights_as_a_loop(k):
-    learn,rec = digits(),Record()
-    nets = [jocor_mlp(10,64) for _ in range(k)]
+    learn,rec = digits64(),Record()
+    nets = [jocor_mlp(10,64).double() for _ in range(k)]
     twins = copy.deepcopy(nets)
-    cb = JoCorCallback(k=k, models=nets, co_lambda=.8)
+    cb = JoCorCallback(k=k, models=nets, co_lambda=.8, forget_rate=.5)
     learn.fit(4, 1e-3, cbs=[cb, rec])
     loop(twins, rec.batches, [0,.5,.5,.5], .8, 1e-3)
     assert len(rec.batches) == 4*len(learn.dls.train) and cb.history.forget_rate.tolist() == [0,.5,.5,.5]
@@ -259,3 +267,15 @@ def test_image_folder_with_a_small_resnet(tmp_path):
     assert cb.history.label_precision.between(0,1).all() and cb.history.kept.iloc[-1] < .75
     learn.export()
     assert load_learner(tmp_path/'export.pkl').predict(get_image_files(tmp_path)[0])[2].sum() == pytest.approx(1, abs=1e-5)
+
+def test_a_model_that_needs_another_callback_on_its_batches():
+    class ToDouble(Callback):
+        order = 15
+        def before_batch(self): self.learn.xb = tuple(x.double() for x in self.xb)
+    learn = digits(cbs=ToDouble())
+    learn.model.double()
+    learn.fit(1, 1e-3, cbs=JoCorCallback(k=2))
+    assert all(p.dtype == torch.float64 and p.isfinite().all() for p in learn.model.parameters())
+    learn = digits(cbs=ToDouble(), loss_func=lambda z,y: z.mean())
+    learn.model.double()
+    with pytest.raises(ValueError, match='cannot be reduced per sample'): learn.fit(1, 1e-3, cbs=JoCorCallback(k=2))
