@@ -112,7 +112,7 @@ def same_random_states(dl):
             rng.setstate(own)
             dl.rng = rng
 
-# %% ../nbs/05_callback.ipynb #8d65a954
+# %% ../nbs/05_callback.ipynb #63418966
 _unknown = object()
 
 class PeersCallback(ColumnsCallback):
@@ -218,7 +218,7 @@ class PeersCallback(ColumnsCallback):
 
     def before_train(self):
         self.rate,self.pos = float(self.schedule[self.epoch]),None
-        self.totals = torch.zeros(6, device=next(self.model.parameters()).device)
+        self.totals = torch.zeros(6, dtype=torch.long, device=next(self.model.parameters()).device)
 
     def before_batch(self):
         if self.clean is None: return
@@ -249,11 +249,10 @@ class PeersCallback(ColumnsCallback):
     def _count(self, logits, kept):
         best = logits.argmax(-1)
         agree = (best == best[0]).all(0).sum()
-        counts = torch.zeros(3, device=logits.device) if self.clean is None or self.batch_clean is None else selection_counts(kept, self.batch_clean)
         self.totals[0] += logits.shape[1]
         self.totals[1] += len(kept)
         self.totals[2] += agree
-        self.totals[3:] += counts
+        if self.clean is not None and self.batch_clean is not None: self.totals[3:] += selection_counts(kept, self.batch_clean)
 
     def after_train(self):
         n,kept,agree,hit,known,clean = self.totals.tolist()

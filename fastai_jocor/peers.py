@@ -7,10 +7,11 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/peers.html.md"""
 # %% auto #0
 __all__ = ['mean_log_prob', 'Peers', 'check_k', 'reset_weights', 'all_differ', 'make_peers', 'PeerSplitter']
 
-# %% ../nbs/02_peers.ipynb #ba752354
+# %% ../nbs/02_peers.ipynb #549c6b6e
 import math, copy, numpy as np, torch
 import torch.nn.functional as F
 from itertools import combinations
+from numbers import Integral
 from torch import nn, Tensor
 from fastai.torch_core import L, params, trainable_params
 
@@ -60,10 +61,10 @@ class Peers(nn.Module):
         finally: self.train(was)
         return self.peers[int(totals.argmax())].eval()
 
-# %% ../nbs/02_peers.ipynb #60c05714
+# %% ../nbs/02_peers.ipynb #3054047e
 def check_k(k):
     "Return `k`, or raise a `ValueError` if it is not an integer of at least 1"
-    if isinstance(k, bool) or not isinstance(k, int): raise ValueError(f"k={k!r} must be an integer: the number of peers")
+    if isinstance(k, bool) or not isinstance(k, Integral): raise ValueError(f"k={k!r} must be an integer: the number of peers")
     if k < 1: raise ValueError(f"k={k!r} must be at least 1: the number of peers")
     return k
 

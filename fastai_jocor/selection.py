@@ -8,8 +8,9 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/selection.html.md"""
 __all__ = ['check_forget_rate', 'default_num_gradual', 'forget_schedule', 'keep_count', 'select_small', 'selection_counts',
            'label_precision', 'label_recall']
 
-# %% ../nbs/01_selection.ipynb #ca5324ff
+# %% ../nbs/01_selection.ipynb #a2e7fcb1
 import numpy as np, torch
+from numbers import Integral
 from torch import Tensor
 
 # %% ../nbs/01_selection.ipynb #84714e4d
@@ -25,7 +26,7 @@ def default_num_gradual(
     "The papers' 10 epochs, or the 3,900 batches that these have on CIFAR if the data are smaller, but at most half of the run"
     return min(10 if n_batch is None else max(10, -(-3900//n_batch)), n_epoch//2)
 
-# %% ../nbs/01_selection.ipynb #f8d67f90
+# %% ../nbs/01_selection.ipynb #9ca4838c
 def forget_schedule(
     tau:float, # Final forget rate τ, in [0, 1): the expected share of wrong labels
     n_epoch:int, # Number of epochs of the run, at least 1
@@ -36,7 +37,7 @@ def forget_schedule(
     check_forget_rate(tau, 'tau')
     if n_epoch < 1: raise ValueError(f"n_epoch={n_epoch!r} must be at least 1")
     if num_gradual is None: num_gradual = default_num_gradual(n_epoch)
-    if num_gradual < 0: raise ValueError(f"num_gradual={num_gradual!r} must be at least 0: the epochs over which the forget rate rises")
+    if not isinstance(num_gradual, Integral) or num_gradual < 0: raise ValueError(f"num_gradual={num_gradual!r} must be an integer of at least 0: the epochs over which the forget rate rises")
     if exponent <= 0: raise ValueError(f"exponent={exponent!r} must be greater than 0")
     rise = np.linspace(0, tau**exponent, num_gradual)
     return np.concatenate([rise, np.full(n_epoch, float(tau))])[:n_epoch]
@@ -61,14 +62,23 @@ def select_small(
     idx = loss.masked_fill(~finite, torch.inf).topk(n, largest=False).indices
     return idx[torch.arange(n, device=loss.device) % finite.sum().clamp(1, n)]
 
-# %% ../nbs/01_selection.ipynb #4f2ef048
+# %% ../nbs/01_selection.ipynb #6d814177
 def selection_counts(
     kept:Tensor, # Indices of the kept items, shape (n,)
     clean:Tensor # Whether the given label is the true one, shape (N,), bool
-)->Tensor: # [kept items that are clean, kept items, clean items], shape (3,), float32
+)->Tensor: # [kept items that are clean, kept items, clean items], shape (3,), int64
     "Count what label precision and label recall are made of, to be added up over batches"
     hit = clean[kept].sum()
-    return torch.stack([hit, torch.full_like(hit, len(kept)), clean.sum()]).float()
+    return torch.stack([hit, torch.full_like(hit, len(kept)), clean.sum()])
 
-def label_precision(counts): return counts[...,0]/counts[...,1]
-def label_recall(counts):    return counts[...,0]/counts[...,2]
+def label_precision(
+    counts:Tensor # Of `selection_counts`, shape (..., 3)
+)->Tensor: # In [0, 1], shape (...)
+    "Share of the kept items whose label is clean"
+    return counts[...,0]/counts[...,1]
+
+def label_recall(
+    counts:Tensor # Of `selection_counts`, shape (..., 3)
+)->Tensor: # In [0, 1], shape (...); NaN where no item is clean
+    "Share of the clean items that are kept"
+    return counts[...,0]/counts[...,2]

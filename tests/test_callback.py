@@ -210,7 +210,7 @@ def _other_groups(learn):
     finally: learn.splitter = old
 
 @pytest.mark.parametrize('kw,msg', [(dict(k=0),'k=0'), (dict(k=2.5),'k=2.5'), (dict(k='3'),"k='3'"), (dict(k=True),'k=True'), (dict(contrast='js'),"contrast='js'"), (dict(co_lambda=1.2),'co_lambda=1.2'),
-    (dict(forget_rate=1.),'forget_rate=1.0'), (dict(forget_rate=-.1),'forget_rate=-0.1'), (dict(num_gradual=-1),'num_gradual=-1'), (dict(exponent=0.),'exponent=0.0'), (dict(init='body'),"init='body'")])
+    (dict(forget_rate=1.),'forget_rate=1.0'), (dict(forget_rate=-.1),'forget_rate=-0.1'), (dict(num_gradual=-1),'num_gradual=-1'), (dict(num_gradual=2.5),'num_gradual=2.5'), (dict(exponent=0.),'exponent=0.0'), (dict(init='body'),"init='body'")])
 def test_bad_arguments(kw, msg):
     with pytest.raises(ValueError, match=msg): JoCorCallback(**kw)
 
