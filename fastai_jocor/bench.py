@@ -119,7 +119,7 @@ class RunConfig:
         "A short name for a table"
         return 'standard' if self.method=='standard' else f'{self.method} k={self.k}' + ('' if self.contrast=='kl' else f' {self.contrast}')
 
-# %% ../nbs/07_bench.ipynb #12a92e72
+# %% ../nbs/07_bench.ipynb #f9828d61
 def run_learner(
     cfg:RunConfig,
     path=None # Folder of the data set; `None` for its default
@@ -143,9 +143,9 @@ def summarise(
     history:pd.DataFrame, # Of `run_history`
     last:int=10 # Epochs to average over, as the papers do
 )->dict: # Accuracies in [0, 1]
-    "Score a run: means over the last epochs, and the best epoch apart"
+    "Score a run: means over the last epochs, the last epoch, and the best epoch apart"
     end = history.tail(last)
-    res = dict(epochs=len(history), peer_accuracy=end.peer_accuracy.mean(), ensemble_accuracy=end.accuracy.mean(),
+    res = dict(epochs=len(history), peer_accuracy=end.peer_accuracy.mean(), ensemble_accuracy=end.accuracy.mean(), last_accuracy=history.accuracy.iloc[-1],
                best_epoch=history.accuracy.idxmax(), best_accuracy=history.accuracy.max())
     for name in ('label_precision','label_recall'):
         if name in history: res[name] = end[name].mean()
@@ -281,7 +281,7 @@ def plot_compare(
     for ax in axs: ax.grid(alpha=.3); ax.legend(loc='lower right')
     return fig
 
-# %% ../nbs/07_bench.ipynb #3e7d360a
+# %% ../nbs/07_bench.ipynb #1e324cbd
 @call_parse
 def jocor_train(
     dataset:str='digits', # digits or mnist
@@ -291,7 +291,7 @@ def jocor_train(
     method:str='jocor', # jocor, or standard: one network, plain training
     k:int=2, # Number of peers
     contrast:str='kl', # kl, kl_circular, ce or ce_circular
-    co_lambda:float=0.9, # Weight of the contrast, in [0, 1]
+    co_lambda:float=None, # Weight of the contrast, in [0, 1]; default: 0.9 for one_cycle, 0.95 for paper
     forget_rate:float=None, # Final forget rate, in [0, 1); default: the known noise rate
     num_gradual:int=None, # Epochs over which the forget rate rises; default: 10, or more on small data, at most half of the run
     epochs:int=30, # Number of epochs
@@ -304,6 +304,7 @@ def jocor_train(
 ):
     "Train k peers on noisy labels: print the epoch table, and write history.csv, config.json, learning_curve.png, model.pth and result.json"
     if threads: torch.set_num_threads(threads)
+    if co_lambda is None: co_lambda = .95 if schedule=='paper' else .9
     try:
         cfg = RunConfig(dataset, noise, rate, method, k, contrast, co_lambda, forget_rate, num_gradual, epochs, bs, lr, schedule, seed)
         res = run(cfg, out, path)[2]
