@@ -29,6 +29,10 @@ def stamp():
     text = (ROOT/'pyproject.toml').read_text(encoding='utf-8') + sys.version + str(ROOT)
     return hashlib.sha256(text.encode()).hexdigest()
 
+def has_pip():
+    "Whether .venv is whole: not interrupted while it was made, nor left behind by another Python"
+    return PYTHON.exists() and subprocess.call([str(PYTHON), '-m', 'pip', '--version'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0
+
 def setup():
     "Make .venv and install the project, unless that was done for this very configuration"
     done = VENV/'installed'
@@ -36,7 +40,7 @@ def setup():
     try: import ensurepip, venv
     except ImportError: sys.exit(NO_VENV)
     print('Setting up .venv (the first time takes some minutes: PyTorch is large)', flush=True)
-    if not PYTHON.exists(): venv.create(VENV, with_pip=True)
+    if not has_pip(): venv.create(VENV, with_pip=True, clear=True)
     call(PYTHON, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', '-e', f'{ROOT}[dev]')
     done.write_text(stamp())
 

@@ -21,7 +21,7 @@ from .data import digits_dls, mnist_dls, jocor_mlp, jocor_cnn
 from .peers import Peers
 from .callback import ColumnsCallback, JoCorCallback, is_validating
 
-# %% ../nbs/07_bench.ipynb #eba645f2
+# %% ../nbs/07_bench.ipynb #c6ea3c91
 class PeerAccuracy(ColumnsCallback):
     "Add the mean validation accuracy of the individual peers to the table, and keep each peer's"
     order,columns = -4,('peer_accuracy',)
@@ -43,6 +43,9 @@ class PeerAccuracy(ColumnsCallback):
         self._n += len(self.yb[0])
 
     def after_validate(self):
+        self.detach()
+
+    def detach(self):
         for h in self._hooks: h.remove()
         self._hooks = []
 
@@ -76,7 +79,7 @@ class PlainTable(Callback):
     def _row(self, log): print('  '.join(f'{o:>14.4f}' if isinstance(o,float) else f'{str(o):>14}' for o in log), flush=True)
     def after_fit(self): self.learn.logger = self._old
 
-# %% ../nbs/07_bench.ipynb #1c9fe1e5
+# %% ../nbs/07_bench.ipynb #21a516ae
 def fast_adam(params, **kwargs):
     "torch's fused Adam as a fastai optimizer: one call a step instead of Python for each parameter"
     return OptimWrapper(params, opt=partial(torch.optim.Adam, fused=True), **kwargs)
@@ -105,8 +108,12 @@ class RunConfig:
         for name in ('epochs','bs'):
             if getattr(self,name) < 1: raise ValueError(f"{name}={getattr(self,name)!r} must be at least 1")
         if not self.lr > 0: raise ValueError(f"lr={self.lr!r} must be greater than 0")
-        make_noise(self.noise, self.rate, self.dataset)
+        self.recipe()
         if self.method == 'jocor': self.callback()
+
+    def recipe(self):
+        "The recipe of the noise, or `None`; asymmetric noise on digits flips the classes that it flips on MNIST"
+        return make_noise(self.noise, self.rate, 'mnist' if self.dataset=='digits' else self.dataset)
 
     def callback(self):
         "The callback of the method, or `None`"
@@ -119,13 +126,13 @@ class RunConfig:
         "A short name for a table"
         return 'standard' if self.method=='standard' else f'{self.method} k={self.k}' + ('' if self.contrast=='kl' else f' {self.contrast}')
 
-# %% ../nbs/07_bench.ipynb #f9828d61
+# %% ../nbs/07_bench.ipynb #317be01f
 def run_learner(
     cfg:RunConfig,
     path=None # Folder of the data set; `None` for its default
 )->Learner: # With the method's callback at `learn.method_cb`, not yet attached
     "Make the data, the network and the learner of a run"
-    noise = make_noise(cfg.noise, cfg.rate, 'mnist' if cfg.dataset=='digits' else cfg.dataset)
+    noise = cfg.recipe()
     set_seed(cfg.seed)
     if cfg.dataset == 'digits': dls,n_in = digits_dls(noise, cfg.seed, cfg.bs),64
     else: dls,n_in = mnist_dls(path, noise, cfg.seed, cfg.bs),784
@@ -136,7 +143,7 @@ def run_history(learn, peer_acc):
     names = list(learn.recorder.metric_names)[:-1]
     rows = [[i,*v] for i,v in enumerate(learn.recorder.values)]
     df = pd.DataFrame(rows, columns=names)
-    for i,acc in enumerate(zip(*peer_acc.each)): df[f'peer_{i}'] = acc
+    for i,acc in enumerate(zip(*peer_acc.each[:len(df)])): df[f'peer_{i}'] = acc
     return df
 
 def summarise(
@@ -168,7 +175,7 @@ def _write(path, text):
     tmp.write_text(text, encoding='utf-8')
     os.replace(tmp, path)
 
-# %% ../nbs/07_bench.ipynb #a60ce9c8
+# %% ../nbs/07_bench.ipynb #58c4f0e2
 def run(
     cfg:RunConfig,
     out=None, # Folder for config.json, history.csv, learning_curve.png, model.pth and result.json; `None` writes nothing
@@ -178,22 +185,29 @@ def run(
 )->tuple: # The learner, the history (a `DataFrame`) and the result (a `dict`)
     "Train one network or k peers as `cfg` says"
     learn,cb,peer_acc = run_learner(cfg, path),cfg.callback(),PeerAccuracy()
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        _write(Path(out)/'config.json', json.dumps(asdict(cfg), indent=1))
     if not (verbose and sys.stdout.isatty()): learn.remove_cb(ProgressCallback)
     cbs = L(peer_acc) + L(cb) + (L(PlainTable()) if verbose and not sys.stdout.isatty() else L())
     start = time.perf_counter()
     with nullcontext() if verbose else learn.no_logging():
-        if cfg.schedule == 'paper': learn.fit(cfg.epochs, cfg.lr, cbs=cbs + PaperSchedule(cfg.lr))
-        else: learn.fit_one_cycle(cfg.epochs, cfg.lr, cbs=cbs)
+        try:
+            if cfg.schedule == 'paper': learn.fit(cfg.epochs, cfg.lr, cbs=cbs + PaperSchedule(cfg.lr))
+            else: learn.fit_one_cycle(cfg.epochs, cfg.lr, cbs=cbs)
+        except BaseException:
+            if out is not None and peer_acc.each: _write_history(Path(out), run_history(learn, peer_acc))
+            raise
     history = run_history(learn, peer_acc)
     result = dict(name=cfg.name, **summarise(history), seconds=round(time.perf_counter()-start, 1), config=asdict(cfg), machine=machine())
     if out is not None: save_run(Path(out), cfg, learn, history, result, extras)
     return learn,history,result
 
+def _write_history(out, history): _write(out/'history.csv', history.to_csv(index=False, float_format='%.6g'))
+
 def save_run(out, cfg, learn, history, result, extras=True):
     "Write what a run leaves, result.json last"
-    out.mkdir(parents=True, exist_ok=True)
-    _write(out/'config.json', json.dumps(asdict(cfg), indent=1))
-    _write(out/'history.csv', history.to_csv(index=False, float_format='%.6g'))
+    _write_history(out, history)
     if extras:
         plot_history(history, cfg).savefig(out/'learning_curve.png', dpi=100)
         plt.close()
@@ -281,7 +295,7 @@ def plot_compare(
     for ax in axs: ax.grid(alpha=.3); ax.legend(loc='lower right')
     return fig
 
-# %% ../nbs/07_bench.ipynb #1e324cbd
+# %% ../nbs/07_bench.ipynb #7e99d21d
 @call_parse
 def jocor_train(
     dataset:str='digits', # digits or mnist
@@ -308,13 +322,13 @@ def jocor_train(
     try:
         cfg = RunConfig(dataset, noise, rate, method, k, contrast, co_lambda, forget_rate, num_gradual, epochs, bs, lr, schedule, seed)
         res = run(cfg, out, path)[2]
-    except (ValueError, FileNotFoundError) as e: sys.exit(f'jocor_train: {e}')
+    except (ValueError, OSError) as e: sys.exit(f'jocor_train: {e}')
     print(f"\n{res['name']} on {dataset}, {noise} noise of rate {rate}, seed {seed}: {res['epochs']} epochs in {res['seconds']:.0f} s")
     print(f"last {min(10,epochs)} epochs: accuracy {res['ensemble_accuracy']:.4f}, mean of the single peers {res['peer_accuracy']:.4f}"
           + (f", label precision {res['label_precision']:.4f}" if 'label_precision' in res else ''))
     print(f'written to {out}')
 
-# %% ../nbs/07_bench.ipynb #29bbc6e4
+# %% ../nbs/07_bench.ipynb #c23e4e49
 def demo_configs(epochs=100, seeds=3):
     "Digits, half of whose labels are wrong: one network plainly, two peers, three peers"
     return [RunConfig('digits', method=m, k=k, bs=64, lr=2e-3, epochs=epochs, seed=s) for m,k in (('standard',1),('jocor',2),('jocor',3)) for s in range(seeds)]
@@ -327,8 +341,10 @@ def jocor_demo(
     n_jobs:int=-1 # Runs side by side; -1 for one a core
 ):
     "Train on digits with half of the labels wrong: one network plainly, two peers and three peers, and compare"
+    if seeds < 1: sys.exit(f'jocor_demo: seeds={seeds} must be at least 1')
     start,out = time.perf_counter(),Path(out)
-    cfgs = demo_configs(epochs, seeds)
+    try: cfgs = demo_configs(epochs, seeds)
+    except ValueError as e: sys.exit(f'jocor_demo: {e}')
     print(f'1,257 handwritten digits to learn from, half of them with a wrong label; 540 to test on, with their true labels.\n{len(cfgs)} runs of {epochs} epochs:', flush=True)
     df = run_grid(cfgs, out, n_jobs=n_jobs, redo=True)
     table = compare(df)

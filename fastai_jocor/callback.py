@@ -8,16 +8,17 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/callback.html.md"""
 __all__ = ['ColumnNames', 'ColumnsCallback', 'is_validating', 'is_plain_ce', 'per_sample_loss', 'epoch_idxs',
            'same_random_states', 'PeersCallback', 'JoCorCallback']
 
-# %% ../nbs/05_callback.ipynb #c82e9bea
+# %% ../nbs/05_callback.ipynb #811486a6
 import torch, pandas as pd
 from fastai.basics import *
+from fastai.callback.mixup import MixHandler
 from fastai.layers import NoneReduce
 from fastai.torch_core import get_random_states, set_random_states
 from .losses import joint_loss, check_contrast, check_co_lambda
 from .selection import check_forget_rate, default_num_gradual, forget_schedule, select_small, selection_counts
-from .peers import Peers, PeerSplitter, make_peers, mean_log_prob, check_k
+from .peers import Peers, PeerSplitter, make_peers, mean_log_prob, check_k, check_seed
 
-# %% ../nbs/05_callback.ipynb #57f725cb
+# %% ../nbs/05_callback.ipynb #8748f332
 class ColumnNames(Callback):
     "Put the column names of another callback into the epoch table"
     order = 55
@@ -39,7 +40,9 @@ class ColumnsCallback(Callback):
     def learn(self): return self._learn
     @learn.setter
     def learn(self, learn):
-        if self._learn is not None: self._learn.remove_cb(self._names)
+        if self._learn is not None:
+            self.detach()
+            self._learn.remove_cb(self._names)
         self._learn = learn
         if learn is not None: learn.add_cb(self._names)
 
@@ -48,13 +51,15 @@ class ColumnsCallback(Callback):
         "Figures of each epoch trained with this callback, over all its fits"
         return pd.DataFrame(self.rows)
 
+    def detach(self): "Clean up when the callback is taken off the learner, also by an exception"
+
     def epoch_values(self):
         "Values of `columns` for the epoch that ends, or `None` if it was skipped"
         raise NotImplementedError
 
     def after_epoch(self):
         values = self.epoch_values()
-        if values is None: return
+        if values is None or hasattr(self.learn, 'lr_finder'): return
         self.rows.append(dict(zip(['epoch', *self.columns], [self.epoch, *values])))
         if hasattr(self.learn, 'recorder'): self.recorder.log += list(values)
 
@@ -112,7 +117,7 @@ def same_random_states(dl):
             rng.setstate(own)
             dl.rng = rng
 
-# %% ../nbs/05_callback.ipynb #63418966
+# %% ../nbs/05_callback.ipynb #ad435f9e
 _unknown = object()
 
 class PeersCallback(ColumnsCallback):
@@ -130,6 +135,7 @@ class PeersCallback(ColumnsCallback):
     ):
         check_k(k)
         if forget_rate is not None: check_forget_rate(forget_rate)
+        check_seed(seed)
         if init not in (None,'all','head'): raise ValueError(f"init={init!r} must be None, 'all' or 'head'")
         forget_schedule(forget_rate or 0., 1, num_gradual, exponent)
         super().__init__()
@@ -151,6 +157,8 @@ class PeersCallback(ColumnsCallback):
         self.run = not is_validating(self.learn)
         if not self.run: return
         self._noise,self.figures = self.noise,None
+        mix = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler)]
+        if mix: raise ValueError(f"{mix[0]} mixes the labels of two items, and small-loss selection needs one label per item: train without {mix[0]}")
         self.tau = self._final_rate()
         self._try_batch()
         gradual = ifnone(self.num_gradual, default_num_gradual(self.n_epoch, len(self.dls.train)))
@@ -170,10 +178,10 @@ class PeersCallback(ColumnsCallback):
     def _try_batch(self):
         "Check a batch and the loss on it before anything is changed; where the model needs what other callbacks do to a batch, the first batch is checked"
         dl = self.dls.train
-        if len(dl) == 0: raise ValueError(f"bs={dl.bs} leaves no training batch: the training set holds {len(dl.dataset)} items and incomplete batches are dropped")
+        if len(dl) == 0: raise ValueError("the training loader gives no batch: take a smaller bs, or more items (an incomplete batch is dropped)")
         mode = self.model.training
         with same_random_states(dl), torch.no_grad():
-            b = self.learn._set_device(dl.one_batch())
+            b = self.learn._set_device(dl.one_batch() if hasattr(dl, 'one_batch') else first(dl))
             n_inp = getattr(self.dls, 'n_inp', max(len(b)-1, 1))
             try: pred = self.model.eval()(*[_plain(o) for o in b[:n_inp]])
             except Exception: pred = None
@@ -213,7 +221,7 @@ class PeersCallback(ColumnsCallback):
 
     def _clean_flags(self):
         rec = self.noise
-        if rec is None or len(rec) != len(self.dls.train_ds): return None
+        if rec is None or len(rec) != len(self.dls.train.dataset): return None
         return torch.as_tensor(~rec.flipped, device=next(self.model.parameters()).device)
 
     def before_train(self):

@@ -9,11 +9,13 @@ __all__ = ['asymmetric_maps', 'recipes', 'item_uniform', 'check_transition', 'ch
            'PairFlip', 'Transition', 'Asymmetric', 'make_noise', 'NoiseRecord', 'item_key', 'ItemNote', 'NoisyLabel',
            'NoisyCategoryBlock']
 
-# %% ../nbs/03_noise.ipynb #afd9fd08
-import hashlib, os, pickle, numpy as np, pandas as pd
+# %% ../nbs/03_noise.ipynb #ae8f0885
+import hashlib, os, numpy as np, pandas as pd
 from fastai.basics import *
+from PIL import Image
 from fastai.data.block import TransformBlock
 from fastai.data.transforms import Categorize, CategoryMap
+from .losses import check_number
 
 # %% ../nbs/03_noise.ipynb #ac0355e9
 def _mix(x):
@@ -34,10 +36,8 @@ def item_uniform(
     with np.errstate(over='ignore'): h = _mix(_mix(keys.astype(np.uint64)) + np.uint64(_hash64(int(seed))))
     return (h >> np.uint64(11)) * 2.**-53
 
-# %% ../nbs/03_noise.ipynb #da23f858
-def _check_rate(rate):
-    if not 0 <= rate <= 1: raise ValueError(f"rate={rate!r} must lie in [0, 1]: the share of labels to corrupt")
-    return rate
+# %% ../nbs/03_noise.ipynb #6d3f7939
+def _check_rate(rate): return check_number('rate', rate, lambda v: 0 <= v <= 1, 'lie in [0, 1]: the share of labels to corrupt')
 
 def _n_classes(classes):
     "Number of classes from a number or a vocabulary"
@@ -61,7 +61,7 @@ def check_labels(labels, c):
     if len(y) and (y.min() < 0 or y.max() >= c): raise ValueError(f"labels from {y.min()} to {y.max()} must lie in [0, {c}): there are {c} classes")
     return y.astype(np.int64)
 
-# %% ../nbs/03_noise.ipynb #5f4ba99f
+# %% ../nbs/03_noise.ipynb #bd9b8fd6
 class LabelNoise:
     "Base of the recipes: a transition matrix, and how labels are drawn from it"
     draw = 'item'
@@ -89,6 +89,7 @@ class LabelNoise:
     )->np.ndarray: # Labels after corruption, shape (n,), int64
         "Corrupt each label by the transition matrix"
         T,y = self.transition(classes),check_labels(labels, _n_classes(classes))
+        if keys is not None and len(keys) != len(y): raise ValueError(f"keys holds {len(keys)} keys for {len(y)} labels: one each")
         if self.draw == 'official':
             rs = np.random.RandomState(seed)
             return np.array([rs.multinomial(1, T[i], 1)[0].argmax() for i in y], dtype=np.int64)
@@ -136,7 +137,7 @@ class Transition(LabelNoise):
     def _args(self): return [self.matrix.tolist()]
     def transition(self, classes): return check_transition(self.matrix, _n_classes(classes))
 
-# %% ../nbs/03_noise.ipynb #0f75e1b7
+# %% ../nbs/03_noise.ipynb #6d51831b
 _blocks_of_5 = {i: i//5*5 + (i+1)%5 for i in range(100)}
 asymmetric_maps = dict(mnist={7:1, 2:7, 5:6, 6:5, 3:8}, cifar10={9:1, 2:0, 3:5, 5:3, 4:7}, cifar100_official=_blocks_of_5)
 
@@ -146,7 +147,7 @@ class Asymmetric(LabelNoise):
         rate:float, # Probability that an item of a mapped class is flipped, in [0, 1]
         map='mnist' # `{from: to}` by class number or name; or the name of a published map: `mnist`, `cifar10`, `cifar100_official`
     ):
-        if isinstance(map, str) and map not in asymmetric_maps:
+        if not isinstance(map, dict) and not (isinstance(map, str) and map in asymmetric_maps):
             raise ValueError(f"map={map!r} is unknown: choose one of {', '.join(asymmetric_maps)}, or pass a dictionary from class to class")
         self.rate,self.map = _check_rate(rate),map
     def _args(self): return [self.rate, self.map]
@@ -208,17 +209,27 @@ class NoiseRecord:
         counts = np.bincount(self.true*c + self.noisy, minlength=c*c).reshape(c,c)
         with np.errstate(invalid='ignore'): return counts/counts.sum(1, keepdims=True)
 
-# %% ../nbs/03_noise.ipynb #851cb025
+# %% ../nbs/03_noise.ipynb #37902703
 def item_key(
-    o, # An item of a data set: number, path, string, row of a `DataFrame`, or anything that pickles
+    o, # An item of a data set: number, path, string, row of a `DataFrame`, array, tensor, or a tuple, list or dictionary of these
     root:str='' # Folder to which paths are taken relative, so that a data set can move
 ): # An integer or a string
-    "Say what identifies an item"
+    "Say what identifies an item, the same in every process"
     if isinstance(o, (int,np.integer)): return int(o)
     if isinstance(o, os.PathLike): return Path(os.path.relpath(o, root) if root else o).as_posix()
     if isinstance(o, str): return o
     if isinstance(o, pd.Series): return item_key(o.name)
-    return hashlib.blake2b(pickle.dumps(o), digest_size=16).hexdigest()
+    return hashlib.blake2b(_bytes(o, root), digest_size=16).hexdigest()
+
+def _bytes(o, root):
+    "What an item consists of, as bytes"
+    if isinstance(o, Tensor): o = o.detach().cpu().numpy()
+    if isinstance(o, Image.Image): o = np.asarray(o)
+    if isinstance(o, (np.ndarray,np.generic)) and o.dtype != object: return f'{o.dtype}{o.shape}'.encode() + np.ascontiguousarray(o).tobytes()
+    if isinstance(o, dict): o = list(o.items())
+    if isinstance(o, (tuple,list,L)): return b'('+b','.join(_bytes(e, root) for e in o)+b')'
+    if o is None or isinstance(o, (bool,float,bytes,int,str,os.PathLike,pd.Series)): return f'{type(o).__name__}:{o if isinstance(o,(bool,float,bytes,type(None))) else item_key(o, root)}'.encode()
+    raise ValueError(f"an item of type {type(o).__name__} does not tell which item it is: use paths, numbers, strings, rows of a DataFrame, arrays, or tuples of these")
 
 class ItemNote(Transform):
     "Note the item whose label is about to be read; runs before the label's getter"
@@ -228,7 +239,7 @@ class ItemNote(Transform):
         self.item = o
         return o
 
-# %% ../nbs/03_noise.ipynb #19d22970
+# %% ../nbs/03_noise.ipynb #8e146f73
 class NoisyLabel(DisplayedTransform):
     "Give each training item the label that `recipe` and `seed` drew for it; other items keep theirs"
     order,split_idx = 2,0
@@ -246,6 +257,8 @@ class NoisyLabel(DisplayedTransform):
         keys = [item_key(o, self.root) for o in its]
         if isinstance(its[0], pd.Series) and len(set(keys)) < len(keys):
             raise ValueError("the index of the DataFrame names several rows alike, so a label cannot belong to one item: call `reset_index(drop=True)` first")
+        if len(set(zip(keys,true))) > len(set(keys)):
+            raise ValueError("items that are alike have different labels, so a label cannot belong to one item: use items that differ, such as numbers or paths")
         noisy = self.recipe.corrupt(true, items.vocab, self.seed, keys)
         self.labels,self.noise = dict(zip(keys, noisy.tolist())),NoiseRecord(true, noisy, items.vocab, self.recipe)
 

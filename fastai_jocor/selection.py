@@ -8,16 +8,16 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/selection.html.md"""
 __all__ = ['check_forget_rate', 'default_num_gradual', 'forget_schedule', 'keep_count', 'select_small', 'selection_counts',
            'label_precision', 'label_recall']
 
-# %% ../nbs/01_selection.ipynb #a2e7fcb1
+# %% ../nbs/01_selection.ipynb #1bbc6282
 import numpy as np, torch
 from numbers import Integral
 from torch import Tensor
+from .losses import check_number
 
-# %% ../nbs/01_selection.ipynb #84714e4d
+# %% ../nbs/01_selection.ipynb #a220fe8f
 def check_forget_rate(tau, name='forget_rate'):
     "Return `tau`, or raise a `ValueError` if it is outside [0, 1)"
-    if not 0 <= tau < 1: raise ValueError(f"{name}={tau!r} must lie in [0, 1): the share of each batch that is dropped, at most the share of wrong labels")
-    return tau
+    return check_number(name, tau, lambda v: 0 <= v < 1, 'lie in [0, 1): the share of each batch that is dropped, about the share of wrong labels')
 
 def default_num_gradual(
     n_epoch:int, # Number of epochs of the run
@@ -26,7 +26,7 @@ def default_num_gradual(
     "The papers' 10 epochs, or the 3,900 batches that these have on CIFAR if the data are smaller, but at most half of the run"
     return min(10 if n_batch is None else max(10, -(-3900//n_batch)), n_epoch//2)
 
-# %% ../nbs/01_selection.ipynb #9ca4838c
+# %% ../nbs/01_selection.ipynb #931b117b
 def forget_schedule(
     tau:float, # Final forget rate τ, in [0, 1): the expected share of wrong labels
     n_epoch:int, # Number of epochs of the run, at least 1
@@ -37,8 +37,8 @@ def forget_schedule(
     check_forget_rate(tau, 'tau')
     if n_epoch < 1: raise ValueError(f"n_epoch={n_epoch!r} must be at least 1")
     if num_gradual is None: num_gradual = default_num_gradual(n_epoch)
-    if not isinstance(num_gradual, Integral) or num_gradual < 0: raise ValueError(f"num_gradual={num_gradual!r} must be an integer of at least 0: the epochs over which the forget rate rises")
-    if exponent <= 0: raise ValueError(f"exponent={exponent!r} must be greater than 0")
+    check_number('num_gradual', num_gradual, lambda v: isinstance(v, Integral) and v >= 0, 'be an integer of at least 0: the epochs over which the forget rate rises')
+    check_number('exponent', exponent, lambda v: 0 < v < float('inf'), 'be greater than 0 and finite')
     rise = np.linspace(0, tau**exponent, num_gradual)
     return np.concatenate([rise, np.full(n_epoch, float(tau))])[:n_epoch]
 

@@ -31,6 +31,24 @@ def test_train_command_refuses(args, msg, tmp_path):
     with pytest.raises(SystemExit) as e: jocor_train(**kw, out=str(tmp_path/'x'))
     assert msg in str(e.value) and not (tmp_path/'x').exists()
 
+@pytest.mark.parametrize('noise', ('none','symmetric','pairflip','asymmetric'))
+def test_every_noise_on_digits(noise):
+    assert run(RunConfig(noise=noise, rate=.3, epochs=1), verbose=False)[2]['epochs'] == 1
+
+def test_output_is_checked_before_training(tmp_path):
+    from fastai_jocor.bench import jocor_train
+    (tmp_path/'file').write_text('')
+    with pytest.raises(SystemExit): jocor_train(out=str(tmp_path/'file'), epochs=10**6)
+
+def test_an_interrupted_run_keeps_its_history(tmp_path, monkeypatch):
+    from fastai_jocor import bench
+    class Stop(bench.PaperSchedule):
+        def before_train(self):
+            if self.epoch == 2: raise KeyboardInterrupt
+    monkeypatch.setattr(bench, 'PaperSchedule', Stop)
+    with pytest.raises(KeyboardInterrupt): run(RunConfig(epochs=5), tmp_path, verbose=False)
+    assert len(pd.read_csv(tmp_path/'history.csv')) == 2 and not (tmp_path/'result.json').exists()
+
 def test_demo_command(tmp_path):
     p = script('jocor_demo', '--out', tmp_path, '--epochs', 4, '--seeds', 2, '--n-jobs', 2)
     assert p.returncode == 0, p.stderr

@@ -1,7 +1,7 @@
 "JoCorCallback on real learners: against a loop written out, through a learner's life, and when things go wrong."
 import copy, numpy as np, pytest, torch
 import torch.nn.functional as F
-from fastai.vision.all import (Adam, Callback, CrossEntropyLossFlat, DataBlock, DataLoader, DataLoaders, ImageBlock, L, Learner, PILImage, ProgressCallback, RandomSplitter, accuracy, get_image_files, load_learner, nn, noop, params, parent_label, partial, plt, resnet18, set_seed, vision_learner)
+from fastai.vision.all import (Adam, Callback, CrossEntropyLossFlat, CutMix, DataBlock, DataLoader, DataLoaders, ImageBlock, L, Learner, MixUp, PILImage, ProgressCallback, RandomSplitter, accuracy, get_image_files, load_learner, nn, noop, params, parent_label, partial, plt, resnet18, set_seed, vision_learner)
 from fastai_jocor.all import *
 from fastai_jocor.bench import fast_adam
 
@@ -21,13 +21,13 @@ class Record(Callback):
     def __init__(self): self.batches = []
     def before_batch(self): self.batches.append((self.epoch, self.xb[0].clone(), self.yb[0].clone()))
 
-def loop(nets, batches, rates, lam, lr):
+def loop(nets, batches, rates, lam, lr, weight=None):
     "JoCoR as usually coded: pairs of peers, losses to numpy, an argsort"
     opt = torch.optim.Adam([p for m in nets for p in m.parameters()], lr=lr)
     k = len(nets)
     for epoch,x,y in batches:
         zs = [m(x) for m in nets]
-        ce = sum(F.cross_entropy(z, y, reduction='none') for z in zs)
+        ce = sum(F.cross_entropy(z, y, weight=weight, reduction='none') for z in zs)
         kl = sum(F.kl_div(F.log_softmax(zs[n],-1), F.log_softmax(zs[m],-1), log_target=True, reduction='none').sum(-1)
                  for m in range(k) for n in range(k) if m != n)
         loss = (1-lam)*ce + lam*kl/max(k-1,1) if k>1 else ce
@@ -36,22 +36,22 @@ def loop(nets, batches, rates, lam, lr):
         loss[torch.as_tensor(kept)].mean().backward()
         opt.step()
 
-def digits64():
+def digits64(weight=None):
     "Digits as float64 pixels in plain loaders, half of the labels wrong: no rounding decides which items are kept"
     from sklearn.datasets import load_digits
     d = load_digits()
     x,y = torch.as_tensor(d.data/16),torch.as_tensor(Symmetric(.5).corrupt(d.target, 10))
     dls = DataLoaders(DataLoader(list(zip(x[:1200],y[:1200])), bs=64, shuffle=True), DataLoader(list(zip(x[1200:],y[1200:])), bs=64))
-    return quiet(Learner(dls, jocor_mlp(10,64).double(), loss_func=CrossEntropyLossFlat(), opt_func=fast_adam))
+    return quiet(Learner(dls, jocor_mlp(10,64).double(), loss_func=nn.CrossEntropyLoss(weight=weight), opt_func=fast_adam))
 
-@pytest.mark.parametrize('k', (1,2,3))
-def test_same_weights_as_a_loop(k):
-    learn,rec = digits64(),Record()
+@pytest.mark.parametrize('k,weight', ((1,None),(2,None),(3,None),(3,torch.linspace(.5,2,10,dtype=torch.float64))))
+def test_same_weights_as_a_loop(k, weight):
+    learn,rec = digits64(weight),Record()
     nets = [jocor_mlp(10,64).double() for _ in range(k)]
     twins = copy.deepcopy(nets)
     cb = JoCorCallback(k=k, models=nets, co_lambda=.8, forget_rate=.5)
     learn.fit(4, 1e-3, cbs=[cb, rec])
-    loop(twins, rec.batches, [0,.5,.5,.5], .8, 1e-3)
+    loop(twins, rec.batches, [0,.5,.5,.5], .8, 1e-3, weight)
     assert len(rec.batches) == 4*len(learn.dls.train) and cb.history.forget_rate.tolist() == [0,.5,.5,.5]
     for m,t in zip(learn.model.peers, twins):
         for a,b in zip(m.parameters(), t.parameters()): torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
@@ -166,6 +166,38 @@ def test_pretrained_body_is_copied():
     a,b = learn.model.peers
     assert torch.equal(a[1].weight, b[1].weight) and not torch.equal(a[3].weight, b[3].weight)
 
+class NoSync(Callback):
+    "Fail if the callbacks between the forward and the backward pass wait for the device or read a value"
+    order,run_valid = -4.5,False
+    def __init__(self, mode): self.mode = mode
+    def after_pred(self): self.mode.__enter__()
+    def after_loss(self): self.mode.__exit__(None,None,None)
+
+@pytest.mark.parametrize('k', (1,3))
+def test_the_step_does_not_synchronise(k):
+    from torch.utils._python_dispatch import TorchDispatchMode
+    seen = []
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            seen.append(f)
+            assert f not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default), f
+            assert 'device' not in (kwargs or {}) or f.overloadpacket is not torch.ops.aten._to_copy, f
+            return f(*args, **(kwargs or {}))
+    class Cpu:
+        "`.cpu()` and `.numpy()` on a CPU tensor leave no trace in the dispatcher"
+        def __enter__(self):
+            self.old = {n: getattr(torch.Tensor, n) for n in ('cpu','numpy','tolist','item','__float__','__bool__')}
+            def refuse(n): return lambda *a, **k: pytest.fail(f'Tensor.{n} inside the step')
+            for n in self.old: setattr(torch.Tensor, n, refuse(n))
+        def __exit__(self, *a):
+            for n,f in self.old.items(): setattr(torch.Tensor, n, f)
+    class Both:
+        def __enter__(self): self.a,self.b = Mode(),Cpu(); self.a.__enter__(); self.b.__enter__()
+        def __exit__(self, *a): self.b.__exit__(*a); self.a.__exit__(*a)
+    learn = digits()
+    learn.fit(1, 1e-3, cbs=[JoCorCallback(k=k), NoSync(Both())])
+    assert torch.ops.aten.topk.default in seen and torch.ops.aten._log_softmax.default in seen
+
 class Stop(Callback):
     "Raise in an event of the third batch of the second epoch"
     def __init__(self, event, exc): self.exc = exc; setattr(self, event, self.stop)
@@ -181,8 +213,12 @@ def test_interrupted_fit(event, exc):
     assert learn.loss_func is lf and list(learn.cbs) == cbs and learn.logger is logger
     assert len(learn.validate()) == 2
     assert learn.get_preds()[0].shape[1] == 10
+    assert event != 'before_step' or any((p.grad != 0).any() for p in learn.model.parameters())
+    class Clean(Callback):
+        def before_batch(self):
+            if self.training and self.epoch==0 and self.iter==0: assert all(p.grad is None or (p.grad == 0).all() for p in self.model.parameters())
     cb = JoCorCallback(k=2)
-    learn.fit(2, 1e-3, cbs=cb)
+    learn.fit(2, 1e-3, cbs=[cb, Clean()])
     assert len(cb.history) == 2 and all(p.isfinite().all() for p in learn.model.parameters())
 
 def test_a_refused_fit_changes_nothing():
@@ -210,7 +246,7 @@ def _other_groups(learn):
     finally: learn.splitter = old
 
 @pytest.mark.parametrize('kw,msg', [(dict(k=0),'k=0'), (dict(k=2.5),'k=2.5'), (dict(k='3'),"k='3'"), (dict(k=True),'k=True'), (dict(contrast='js'),"contrast='js'"), (dict(co_lambda=1.2),'co_lambda=1.2'),
-    (dict(forget_rate=1.),'forget_rate=1.0'), (dict(forget_rate=-.1),'forget_rate=-0.1'), (dict(num_gradual=-1),'num_gradual=-1'), (dict(num_gradual=2.5),'num_gradual=2.5'), (dict(exponent=0.),'exponent=0.0'), (dict(init='body'),"init='body'")])
+    (dict(forget_rate=1.),'forget_rate=1.0'), (dict(forget_rate=-.1),'forget_rate=-0.1'), (dict(num_gradual=-1),'num_gradual=-1'), (dict(num_gradual=2.5),'num_gradual=2.5'), (dict(exponent=0.),'exponent=0.0'), (dict(exponent=float('nan')),'exponent=nan'), (dict(co_lambda='0.5'),"co_lambda='0.5'"), (dict(co_lambda=None),'co_lambda=None'), (dict(forget_rate='0.2'),"forget_rate='0.2'"), (dict(contrast=['kl']),'contrast='), (dict(seed=-1),'seed=-1'), (dict(init='body'),"init='body'")])
 def test_bad_arguments(kw, msg):
     with pytest.raises(ValueError, match=msg): JoCorCallback(**kw)
 
@@ -230,11 +266,34 @@ def test_bad_loss_and_model():
     y = torch.randint(0,4,(96,))
     with pytest.raises(ValueError, match='cannot be reduced per sample'): tensor_learner(y, loss=lambda z,y: F.cross_entropy(z,y)).fit(1, cbs=JoCorCallback(forget_rate=.1))
     with pytest.raises(ValueError, match=r'logits of shape \(N, C\)'): tensor_learner(y, nn.Sequential(nn.Linear(8,4), nn.Unflatten(1,(2,2)))).fit(1, cbs=JoCorCallback(forget_rate=.1))
-    with pytest.raises(ValueError, match='leaves no training batch'): quiet(Learner(digits_dls(bs=5000), jocor_mlp(10,64))).fit(1, cbs=JoCorCallback(forget_rate=.1))
+    with pytest.raises(ValueError, match='gives no batch'): quiet(Learner(digits_dls(bs=5000), jocor_mlp(10,64))).fit(1, cbs=JoCorCallback(forget_rate=.1))
 
 def test_plain_tensor_loaders_and_weighted_loss():
     y = torch.randint(0,4,(96,))
-    tensor_learner(y, loss=CrossEntropyLossFlat(weight=torch.tensor([1.,2,1,1]))).fit(2, cbs=JoCorCallback(k=3, forget_rate=.1))
+    cb = JoCorCallback(k=3, forget_rate=.1)
+    tensor_learner(y, loss=CrossEntropyLossFlat(weight=torch.tensor([1.,2,1,1]))).fit(2, cbs=cb)
+    z = torch.randn(5,4)
+    torch.testing.assert_close(cb.item_loss(z, y[:5]), F.cross_entropy(z, y[:5], weight=torch.tensor([1.,2,1,1]), reduction='none'))
+
+def test_torch_loaders():
+    x,y = torch.randn(96,8),torch.randint(0,4,(96,))
+    dl = torch.utils.data.DataLoader(list(zip(x,y)), batch_size=32, shuffle=True)
+    learn = quiet(Learner(DataLoaders(dl,dl), nn.Linear(8,4), loss_func=CrossEntropyLossFlat()))
+    learn.fit(2, cbs=(cb := JoCorCallback(k=2, forget_rate=.25)))
+    assert len(cb.history) == 2 and len(learn.validate()) == 1
+
+@pytest.mark.parametrize('mix', (MixUp, CutMix))
+def test_mixing_is_refused(mix):
+    learn = digits()
+    model = learn.model
+    with pytest.raises(ValueError, match=f'{mix.__name__} mixes'): learn.fit(1, cbs=[mix(), JoCorCallback(k=2)])
+    assert learn.model is model and isinstance(learn.loss_func, CrossEntropyLossFlat)
+
+def test_lr_find_leaves_no_row():
+    learn = digits(cbs=(cb := JoCorCallback(k=2)))
+    learn.lr_find(num_it=20, show_plot=False)
+    learn.fit(1, 1e-3)
+    assert cb.history.epoch.tolist() == [0]
 
 def test_trying_a_batch_leaves_the_random_states_alone():
     a,b = Record(),Record()

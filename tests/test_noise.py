@@ -1,4 +1,4 @@
-import numpy as np, pandas as pd, pytest, torch
+import subprocess, sys, numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, strategies as st
 from scipy.stats import chisquare
 from fastai.vision.all import ColReader, CrossEntropyLossFlat, DataBlock, IndexSplitter, Learner, TransformBlock, load_learner, nn, warnings
@@ -72,11 +72,22 @@ def test_a_row_keeps_its_label_when_rows_are_shuffled():
     b = frame_block().datasets(pd.concat([mixed, df[200:]]))
     assert dict(zip(mixed.index, b.noise.noisy)) == dict(zip(range(200), a.noise.noisy))
 
+def test_items_that_are_tensors_keep_their_labels_in_another_process():
+    import pickle
+    torch.manual_seed(0)
+    x = torch.randn(60,4)
+    ds = DataBlock((TransformBlock, NoisyCategoryBlock(Symmetric(.5), 1)), get_y=lambda o: int(o[0]>0), splitter=IndexSplitter(range(50,60))).datasets(list(x))
+    given = [int(o) for o in ds.train.tls[1]]
+    assert given == ds.noise.noisy.tolist() and ds.noise.flipped.any()
+    import cloudpickle
+    again = pickle.loads(cloudpickle.dumps(ds))
+    assert [int(o) for o in again.train.tls[1]] == given
+    code = "import torch; from fastai_jocor.noise import item_key; torch.manual_seed(0); print(item_key(torch.randn(60,4)[7]), item_key(('xy','x'+'y')))"
+    out = subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True).stdout.split()
+    assert out == [item_key(x[7]), item_key(('xy','xy'))]
+
 def test_after_load_learner_test_items_keep_their_labels(tmp_path):
     dls = frame_block(Symmetric(1.)).dataloaders(frame(), bs=16, num_workers=0)
-    class Net(nn.Module):
-        def __init__(self): super().__init__(); self.l = nn.Linear(1,3)
-        def forward(self, x): return self.l(x[:,None].float())
     Learner(dls, nn.Sequential(nn.Embedding(240,3)), path=tmp_path).export()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -90,6 +101,7 @@ def test_after_load_learner_test_items_keep_their_labels(tmp_path):
     (lambda: Asymmetric(.2,{0:12}).transition(10), 'class 12'), (lambda: Transition([[.9,.2],[0,1]]), 'rows that sum to 1'),
     (lambda: Transition([[1.2,-.2],[0,1]]), 'at least 0'), (lambda: Transition(np.eye(4)).corrupt([0,1],2), 'does not fit 2 classes'),
     (lambda: Symmetric(.5).corrupt([0,3],3), r'must lie in \[0, 3\)'), (lambda: Symmetric(.5).corrupt([0.,1.],3), 'class indices'),
+    (lambda: Symmetric('0.5'), "rate='0.5'"), (lambda: Asymmetric(.2,[1,0]), 'map='), (lambda: Symmetric(.2).corrupt([0,1],2,keys=[1]), 'one each'),
     (lambda: NoisyCategoryBlock('symmetric'), "noise='symmetric'"), (lambda: make_noise('white'), "noise='white'"),
     (lambda: NoiseRecord([0,1],[0],2), 'one each')])
 def test_bad_input(f, msg):
