@@ -1,7 +1,7 @@
 """Digits with half of the labels wrong, a small data set: `co_lambda` and the rise of the forget rate in short one-cycle runs.
 
     python benchmarks/digits.py lambda    # co_lambda from 0.5 to 0.95, k = 2 and 3, two learning rates, three seeds
-    python benchmarks/digits.py gradual   # num_gradual 10 against the default, k = 2 and 3, three seeds
+    python benchmarks/digits.py gradual   # num_gradual 10 against the default, co_lambda 0.8 and 0.9, k = 2 and 3, three seeds
 """
 from pathlib import Path
 from fastcore.script import call_parse
@@ -12,7 +12,8 @@ SHORT = dict(bs=64, epochs=40, schedule='one_cycle')
 
 def several_lambdas():
     return [RunConfig(k=k, co_lambda=lam, lr=lr, seed=s, **SHORT) for k in (2,3) for lr in (6e-3,2e-2) for lam in (.5,.7,.8,.9,.95) for s in range(3)]
-def rises(): return [RunConfig(k=k, num_gradual=g, lr=2e-2, seed=s, **SHORT) for k in (2,3) for g in (10,None) for s in range(3)]
+def rises():
+    return [RunConfig(k=k, co_lambda=lam, num_gradual=g, lr=4e-3, seed=s, **{**SHORT, 'epochs': 60}) for lam in (.8,.9) for k in (2,3) for g in (10,None) for s in range(3)]
 
 @call_parse
 def main(

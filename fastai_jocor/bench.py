@@ -79,7 +79,7 @@ class PlainTable(Callback):
     def _row(self, log): print('  '.join(f'{o:>14.4f}' if isinstance(o,float) else f'{str(o):>14}' for o in log), flush=True)
     def after_fit(self): self.learn.logger = self._old
 
-# %% ../nbs/07_bench.ipynb #21a516ae
+# %% ../nbs/07_bench.ipynb #89f82552
 def fast_adam(params, **kwargs):
     "torch's fused Adam as a fastai optimizer: one call a step instead of Python for each parameter"
     return OptimWrapper(params, opt=partial(torch.optim.Adam, fused=True), **kwargs)
@@ -93,7 +93,7 @@ class RunConfig:
     method:str = 'jocor' # `jocor`, or `standard`: one network, plain training
     k:int = 2 # Number of peers, at least 1
     contrast:str = 'kl' # `kl`, `kl_circular`, `ce` or `ce_circular`
-    co_lambda:float = 0.9 # Weight of the contrast, in [0, 1]
+    co_lambda:float = 0.8 # Weight of the contrast, in [0, 1]
     forget_rate:float = None # Final forget rate, in [0, 1); `None`: the known noise rate
     num_gradual:int = None # Epochs over which the forget rate rises; `None`: as `JoCorCallback` does
     epochs:int = 30 # Number of epochs, at least 1
@@ -295,7 +295,7 @@ def plot_compare(
     for ax in axs: ax.grid(alpha=.3); ax.legend(loc='lower right')
     return fig
 
-# %% ../nbs/07_bench.ipynb #7e99d21d
+# %% ../nbs/07_bench.ipynb #744f8298
 @call_parse
 def jocor_train(
     dataset:str='digits', # digits or mnist
@@ -305,7 +305,7 @@ def jocor_train(
     method:str='jocor', # jocor, or standard: one network, plain training
     k:int=2, # Number of peers
     contrast:str='kl', # kl, kl_circular, ce or ce_circular
-    co_lambda:float=None, # Weight of the contrast, in [0, 1]; default: 0.9 for one_cycle, 0.95 for paper
+    co_lambda:float=None, # Weight of the contrast, in [0, 1]; default: 0.8 for one_cycle, 0.95 for paper
     forget_rate:float=None, # Final forget rate, in [0, 1); default: the known noise rate
     num_gradual:int=None, # Epochs over which the forget rate rises; default: 10, or more on small data, at most half of the run
     epochs:int=30, # Number of epochs
@@ -318,7 +318,7 @@ def jocor_train(
 ):
     "Train k peers on noisy labels: print the epoch table, and write history.csv, config.json, learning_curve.png, model.pth and result.json"
     if threads: torch.set_num_threads(threads)
-    if co_lambda is None: co_lambda = .95 if schedule=='paper' else .9
+    if co_lambda is None: co_lambda = .95 if schedule=='paper' else .8
     try:
         cfg = RunConfig(dataset, noise, rate, method, k, contrast, co_lambda, forget_rate, num_gradual, epochs, bs, lr, schedule, seed)
         res = run(cfg, out, path)[2]
@@ -328,15 +328,15 @@ def jocor_train(
           + (f", label precision {res['label_precision']:.4f}" if 'label_precision' in res else ''))
     print(f'written to {out}')
 
-# %% ../nbs/07_bench.ipynb #c23e4e49
-def demo_configs(epochs=100, seeds=3):
+# %% ../nbs/07_bench.ipynb #1accf578
+def demo_configs(epochs=60, seeds=3):
     "Digits, half of whose labels are wrong: one network plainly, two peers, three peers"
-    return [RunConfig('digits', method=m, k=k, bs=64, lr=2e-3, epochs=epochs, seed=s) for m,k in (('standard',1),('jocor',2),('jocor',3)) for s in range(seeds)]
+    return [RunConfig('digits', method=m, k=k, bs=64, lr=2e-2, epochs=epochs, schedule='one_cycle', seed=s) for m,k in (('standard',1),('jocor',2),('jocor',3)) for s in range(seeds)]
 
 @call_parse
 def jocor_demo(
     out:str='runs/demo', # Output folder
-    epochs:int=100, # Number of epochs
+    epochs:int=60, # Number of epochs
     seeds:int=3, # Runs per method, at least 1
     n_jobs:int=-1 # Runs side by side; -1 for one a core
 ):

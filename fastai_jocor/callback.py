@@ -271,12 +271,12 @@ class PeersCallback(ColumnsCallback):
         values,self.figures = self.figures,None
         return values
 
-# %% ../nbs/05_callback.ipynb #88f6266a
+# %% ../nbs/05_callback.ipynb #79eb2b5b
 class JoCorCallback(PeersCallback):
     "Train k peers by one joint loss on the items on which they agree with the label and with each other (JoCoR, Wei et al. 2020)"
     def __init__(self,
         k:int=2, # Number of peers, at least 1; 1 is small-loss training of a single network
-        co_lambda:float=0.9, # Weight λ of the contrast against the cross-entropy, in [0, 1]; the same meaning for any k and contrast
+        co_lambda:float=0.8, # Weight λ of the contrast against the cross-entropy, in [0, 1]; the same meaning for any k and contrast
         forget_rate:float=None, # Final share τ of each batch that is dropped, in [0, 1); `None`: the known noise rate of `dls.noise`
         contrast:str='kl', # `kl`, `kl_circular`, `ce` or `ce_circular`
         num_gradual:int=None, # Epochs over which the forget rate rises to τ; `None`: 10, or more on small data, at most half of the run (`default_num_gradual`)
