@@ -17,7 +17,7 @@ def test_train_command(tmp_path):
     assert [l.split()[0] for l in lines[1:4]] == ['0','1','2'] and 'jocor k=3 on digits' in p.stdout
     h = pd.read_csv(out/'history.csv')
     assert len(h) == 3 and h.forget_rate.iloc[-1] == pytest.approx(.4) and {'peer_0','peer_1','peer_2'} <= set(h)
-    np.testing.assert_allclose(h[['peer_0','peer_1','peer_2']].mean(1), h.peer_accuracy, rtol=1e-4)
+    np.testing.assert_allclose(h[['peer_0','peer_1','peer_2']].mean(axis=1), h.peer_accuracy, rtol=1e-4)
     assert json.loads((out/'config.json').read_text())['rate'] == .4
     assert (out/'learning_curve.png').stat().st_size > 5000
     assert sum(v.numel() for v in torch.load(out/'model.pth', weights_only=True).values()) == 3*(64*256+256+2560+10)
