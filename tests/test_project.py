@@ -1,5 +1,5 @@
 "The project agrees with itself: settings, exports, notebooks, documentation."
-import importlib.metadata, json, re, shutil, subprocess, sys, pytest
+import importlib.metadata, importlib.util, os, re, shutil, subprocess, sys, pytest
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,3 +85,27 @@ def test_dev_help():
     out = subprocess.run([sys.executable, ROOT/'dev.py', 'help'], capture_output=True, text=True)
     assert out.returncode == 0 and 'demo' in out.stdout and 'test' in out.stdout
     assert subprocess.run([sys.executable, ROOT/'dev.py', 'nonsense'], capture_output=True).returncode == 1
+
+def test_dev_says_what_to_install_where_venv_is_missing(tmp_path):
+    for f in ('dev.py','pyproject.toml'): shutil.copy(ROOT/f, tmp_path)
+    (tmp_path/'fake').mkdir()
+    (tmp_path/'fake'/'ensurepip.py').write_text("raise ImportError('left out')")
+    out = subprocess.run([sys.executable, tmp_path/'dev.py', 'demo'], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(tmp_path/'fake')})
+    assert out.returncode == 1 and 'python3-venv' in out.stderr and not (tmp_path/'.venv').exists()
+
+def test_dev_mends_a_half_made_environment(tmp_path, monkeypatch):
+    for f in ('dev.py','pyproject.toml'): shutil.copy(ROOT/f, tmp_path)
+    import venv
+    venv.create(tmp_path/'.venv', with_pip=False)
+    spec = importlib.util.spec_from_file_location('dev_copy', tmp_path/'dev.py')
+    dev = importlib.util.module_from_spec(spec); spec.loader.exec_module(dev)
+    calls = []
+    monkeypatch.setattr(dev, 'call', lambda *a, **k: calls.append(a))
+    assert not dev.has_pip()
+    dev.setup()
+    assert dev.has_pip() and len(calls) == 1 and 'install' in calls[0]
+    dev.setup()
+    assert len(calls) == 1
+    with open(tmp_path/'pyproject.toml', 'a') as f: f.write('\n# changed\n')
+    dev.setup()
+    assert len(calls) == 2
