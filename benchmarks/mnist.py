@@ -11,7 +11,9 @@ from fastai_jocor.bench import RunConfig, run_grid
 
 RESULTS = Path(__file__).resolve().parent/'results'
 
-def protocol(): return [RunConfig('mnist', k=k, epochs=200, co_lambda=lam) for lam in (.95,.9) for k in (2,3)]
+def protocol():
+    "One seed of each, and two more of k = 2 at 0.95"
+    return [RunConfig('mnist', k=k, epochs=200, co_lambda=lam, seed=s) for lam,k,s in ((.95,2,0), (.95,2,1), (.95,2,2), (.95,3,0), (.9,2,0), (.9,3,0))]
 def several_lambdas():
     return [RunConfig('mnist', k=k, co_lambda=lam, epochs=10, lr=2e-3, schedule='one_cycle', seed=s) for s in (0,1) for k in (3,2) for lam in (.5,.7,.8,.9,.95)]
 
