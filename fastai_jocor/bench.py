@@ -9,15 +9,15 @@ __all__ = ['PeerAccuracy', 'PaperSchedule', 'PlainTable', 'fast_adam', 'RunConfi
            'machine', 'run', 'save_run', 'plot_history', 'run_dir', 'finished', 'run_grid', 'compare', 'plot_compare',
            'jocor_train', 'demo_configs', 'jocor_demo']
 
-# %% ../nbs/07_bench.ipynb #68285f04
+# %% ../nbs/07_bench.ipynb #dc9e6635
 import json, os, platform, sys, time, numpy as np, pandas as pd, torch
 import matplotlib.pyplot as plt
 from contextlib import nullcontext
 from dataclasses import dataclass, asdict
 from fastcore.script import call_parse
 from fastai.vision.all import *
-from .noise import make_noise
-from .data import digits_dls, mnist_dls, jocor_mlp, jocor_cnn
+from .noise import Asymmetric, make_noise
+from .data import augmentation, cifar10_dls, cifar100_dls, digits_dls, mnist_dls, jocor_cnn, jocor_mlp
 from .peers import Peers
 from .callback import ColumnsCallback, JoCorCallback, is_validating
 
@@ -79,17 +79,18 @@ class PlainTable(Callback):
     def _row(self, log): print('  '.join(f'{o:>14.4f}' if isinstance(o,float) else f'{str(o):>14}' for o in log), flush=True)
     def after_fit(self): self.learn.logger = self._old
 
-# %% ../nbs/07_bench.ipynb #89f82552
+# %% ../nbs/07_bench.ipynb #9bb3be76
 def fast_adam(params, **kwargs):
     "torch's fused Adam as a fastai optimizer: one call a step instead of Python for each parameter"
     return OptimWrapper(params, opt=partial(torch.optim.Adam, fused=True), **kwargs)
 
+_datasets = ('digits','mnist','cifar10','cifar100')
+
 @dataclass
 class RunConfig:
     "Everything that determines a run"
-    dataset:str = 'digits' # `digits` or `mnist`
-    noise:str = 'symmetric' # `none`, `symmetric`, `pairflip` or `asymmetric`
-    rate:float = 0.5 # Noise rate, in [0, 1]
+    dataset:str = 'digits' # `digits`, `mnist`, `cifar10` or `cifar100`
+    noise:str = 'symmetric:0.5' # Name of a recipe (`make_noise`), or `none`
     method:str = 'jocor' # `jocor`, or `standard`: one network, plain training
     k:int = 2 # Number of peers, at least 1
     contrast:str = 'kl' # `kl`, `kl_circular`, `ce` or `ce_circular`
@@ -101,19 +102,25 @@ class RunConfig:
     lr:float = 1e-3 # Learning rate; the highest of one-cycle
     schedule:str = 'paper' # `paper`: constant, then linear to 0; or `one_cycle`
     seed:int = 0 # Seed of corruption, weights and batches
+    subset:float = None # Share in (0, 1), or number, of training items to take, stratified; not for digits
+    augment:str = 'none' # `none` or `crop_flip`; not for digits
 
     def __post_init__(self):
-        for name,ok in dict(dataset=('digits','mnist'), method=('jocor','standard'), schedule=('paper','one_cycle')).items():
+        for name,ok in dict(dataset=_datasets, method=('jocor','standard'), schedule=('paper','one_cycle')).items():
             if getattr(self,name) not in ok: raise ValueError(f"{name}={getattr(self,name)!r} is unknown: choose one of {', '.join(ok)}")
         for name in ('epochs','bs'):
             if getattr(self,name) < 1: raise ValueError(f"{name}={getattr(self,name)!r} must be at least 1")
+        if self.dataset == 'digits' and (self.subset is not None or self.augment != 'none'): raise ValueError(f"subset={self.subset!r} and augment={self.augment!r} are for mnist and cifar: digits are small already")
+        augmentation(self.augment)
         if not self.lr > 0: raise ValueError(f"lr={self.lr!r} must be greater than 0")
         self.recipe()
         if self.method == 'jocor': self.callback()
 
     def recipe(self):
         "The recipe of the noise, or `None`; asymmetric noise on digits flips the classes that it flips on MNIST"
-        return make_noise(self.noise, self.rate, 'mnist' if self.dataset=='digits' else self.dataset)
+        noise = make_noise(self.noise)
+        if isinstance(noise, Asymmetric) and noise.map is None and self.dataset in ('digits','mnist'): noise.map = 'mnist'
+        return noise
 
     def callback(self):
         "The callback of the method, or `None`"
@@ -126,7 +133,7 @@ class RunConfig:
         "A short name for a table"
         return 'standard' if self.method=='standard' else f'{self.method} k={self.k}' + ('' if self.contrast=='kl' else f' {self.contrast}')
 
-# %% ../nbs/07_bench.ipynb #317be01f
+# %% ../nbs/07_bench.ipynb #16392af4
 def run_learner(
     cfg:RunConfig,
     path=None # Folder of the data set; `None` for its default
@@ -134,9 +141,12 @@ def run_learner(
     "Make the data, the network and the learner of a run"
     noise = cfg.recipe()
     set_seed(cfg.seed)
-    if cfg.dataset == 'digits': dls,n_in = digits_dls(noise, cfg.seed, cfg.bs),64
-    else: dls,n_in = mnist_dls(path, noise, cfg.seed, cfg.bs),784
-    return Learner(dls, jocor_mlp(dls.c, n_in), opt_func=fast_adam, lr=cfg.lr, metrics=accuracy)
+    if cfg.dataset == 'digits': dls = digits_dls(noise, cfg.seed, cfg.bs)
+    else:
+        subset = int(cfg.subset) if cfg.subset is not None and cfg.subset >= 1 else cfg.subset
+        dls = dict(mnist=mnist_dls, cifar10=cifar10_dls, cifar100=cifar100_dls)[cfg.dataset](path, noise, cfg.seed, cfg.bs, subset=subset, augment=cfg.augment)
+    model = jocor_cnn(dls.c) if cfg.dataset.startswith('cifar') else jocor_mlp(dls.c, 64 if cfg.dataset=='digits' else 784)
+    return Learner(dls, model, opt_func=fast_adam, lr=cfg.lr, metrics=accuracy)
 
 def run_history(learn, peer_acc):
     "The epoch table as a `DataFrame`, with the accuracy of each peer"
@@ -214,7 +224,7 @@ def save_run(out, cfg, learn, history, result, extras=True):
         torch.save(learn.model.state_dict(), out/'model.pth')
     _write(out/'result.json', json.dumps(result, indent=1))
 
-# %% ../nbs/07_bench.ipynb #485157ef
+# %% ../nbs/07_bench.ipynb #386edda9
 def plot_history(
     history:pd.DataFrame, # Of `run_history`
     cfg:RunConfig
@@ -225,18 +235,19 @@ def plot_history(
     for i,c in enumerate(o for o in history if re.fullmatch(r'peer_\d+', o)): ax.plot(history[c], color='tab:blue', alpha=.3, lw=1, label='each peer' if i==0 else None)
     for c,col in (('label_precision','tab:green'),('label_recall','tab:olive')):
         if c in history: ax.plot(history[c], label=c.replace('_',' '), color=col, ls='--')
-    ax.set(title=f'{cfg.name} on {cfg.dataset}, {cfg.noise} noise of rate {cfg.rate}', xlabel='epoch', ylim=(0,1.02))
+    ax.set(title=f'{cfg.name} on {cfg.dataset}, noise {cfg.noise}', xlabel='epoch', ylim=(0,1.02))
     ax.legend(loc='lower right')
     return fig
 
-# %% ../nbs/07_bench.ipynb #50f3c403
+# %% ../nbs/07_bench.ipynb #da8b9d87
 def run_dir(
     out, # Folder of the grid
     cfg:RunConfig
 )->Path:
     "The folder of a run in a grid"
-    base,parts = RunConfig(),[cfg.dataset, f'{cfg.noise}{cfg.rate:g}', cfg.name.replace(' ','_').replace('=','')]
-    parts += [f'{n}{getattr(cfg,n)}' for n in ('co_lambda','forget_rate','num_gradual','epochs','bs','lr','schedule') if getattr(cfg,n) != getattr(base,n)]
+    base,noise = RunConfig(),':'.join(cfg.noise.split(':')[:2]) if cfg.noise.startswith('human') else cfg.noise
+    parts = [cfg.dataset, noise.replace(':',''), cfg.name.replace(' ','_').replace('=','')]
+    parts += [f'{n}{getattr(cfg,n)}' for n in ('co_lambda','forget_rate','num_gradual','epochs','bs','lr','schedule','subset','augment') if getattr(cfg,n) != getattr(base,n)]
     return Path(out)/'-'.join([*parts, f'seed{cfg.seed}'])
 
 def finished(
@@ -246,7 +257,7 @@ def finished(
     "Read the result of a run if it was made with this configuration"
     try: res = json.loads((d/'result.json').read_text())
     except (OSError, ValueError): return None
-    return res if res['config'] == asdict(cfg) else None
+    return res if asdict(RunConfig()) | res['config'] == asdict(cfg) else None
 
 def _run_cell(cfg, out, path, redo):
     torch.set_num_threads(1)
@@ -295,13 +306,12 @@ def plot_compare(
     for ax in axs: ax.grid(alpha=.3); ax.legend(loc='lower right')
     return fig
 
-# %% ../nbs/07_bench.ipynb #744f8298
+# %% ../nbs/07_bench.ipynb #16bc4404
 @call_parse
 def jocor_train(
-    dataset:str='digits', # digits or mnist
-    path:str=None, # Folder of the data set (mnist: the one that holds MNIST/raw)
-    noise:str='symmetric', # none, symmetric, pairflip or asymmetric
-    rate:float=0.5, # Noise rate, in [0, 1]
+    dataset:str='digits', # digits, mnist, cifar10 or cifar100
+    path:str=None, # Folder of the data set (mnist: it holds MNIST/raw; cifar: train and test, or torchvision's batches)
+    noise:str='symmetric:0.5', # none, symmetric:RATE, pairflip:RATE, asymmetric:RATE[:MAP], instance:RATE or human:WHICH:FILE
     method:str='jocor', # jocor, or standard: one network, plain training
     k:int=2, # Number of peers
     contrast:str='kl', # kl, kl_circular, ce or ce_circular
@@ -313,6 +323,8 @@ def jocor_train(
     lr:float=1e-3, # Learning rate; the highest of one-cycle
     schedule:str='one_cycle', # one_cycle, or paper: Adam constant, then linear to 0 from 40% of the epochs, β1 from 0.9 to 0.1
     seed:int=0, # Seed of corruption, weights and batches
+    subset:float=None, # Share in (0, 1), or number, of training items to take, stratified
+    augment:str='none', # none or crop_flip
     out:str='runs/last', # Output folder
     threads:int=0 # Processor threads; 0 for torch's default
 ):
@@ -320,10 +332,10 @@ def jocor_train(
     if threads: torch.set_num_threads(threads)
     if co_lambda is None: co_lambda = .95 if schedule=='paper' else .8
     try:
-        cfg = RunConfig(dataset, noise, rate, method, k, contrast, co_lambda, forget_rate, num_gradual, epochs, bs, lr, schedule, seed)
+        cfg = RunConfig(dataset, noise, method, k, contrast, co_lambda, forget_rate, num_gradual, epochs, bs, lr, schedule, seed, subset, augment)
         res = run(cfg, out, path)[2]
     except (ValueError, OSError) as e: sys.exit(f'jocor_train: {e}')
-    print(f"\n{res['name']} on {dataset}, {noise} noise of rate {rate}, seed {seed}: {res['epochs']} epochs in {res['seconds']:.0f} s")
+    print(f"\n{res['name']} on {dataset}, noise {noise}, seed {seed}: {res['epochs']} epochs in {res['seconds']:.0f} s")
     print(f"last {min(10,epochs)} epochs: accuracy {res['ensemble_accuracy']:.4f}, mean of the single peers {res['peer_accuracy']:.4f}"
           + (f", label precision {res['label_precision']:.4f}" if 'label_precision' in res else ''))
     print(f'written to {out}')

@@ -97,13 +97,12 @@ def per_sample_loss(
     raise ValueError(f"loss_func={loss_func!r} cannot be reduced per sample: small-loss selection needs one loss per item, "
                      "so it must have a `reduction` attribute or argument that takes 'none', or return shape (N,)")
 
-# %% ../nbs/05_callback.ipynb #de7350a8
+# %% ../nbs/05_callback.ipynb #6822559a
 def epoch_idxs(
     dl # A loader that is being iterated over
 ): # Positions in its data set in the order of this epoch, or `None` if it does not tell
     "The order in which a fastai loader gives its items in this epoch"
-    for name in ('idxs', '_DataLoader__idxs'):
-        if name in vars(dl): return vars(dl)[name]
+    return vars(dl).get('_DataLoader__idxs')
 
 @contextmanager
 def same_random_states(dl):

@@ -194,7 +194,7 @@ def stratified(
     taken,rest = train_test_split(np.arange(n_items), train_size=int(size), stratify=np.asarray(labels), random_state=seed)
     return np.sort(taken),np.sort(rest)
 
-# %% ../nbs/04_data.ipynb #b46baaf8
+# %% ../nbs/04_data.ipynb #2ba39adf
 class InMemoryDataLoaders(DataLoaders):
     "`DataLoaders` of images that are held in memory"
     @classmethod
@@ -211,12 +211,13 @@ class InMemoryDataLoaders(DataLoaders):
         test=None, # Positions of test items, which become a third loader, `dls[2]`
         keys=None, # What identifies each of the n items, so that its corrupted label stays with it; `None` for its position
         batch_tfms=None, # fastai transforms of a batch
+        normalize=None, # Mean and standard deviation of the channels, of pixels in [0, 1], to normalise batches by
         drop_last:bool=True, # Leave out the last training batch if it is smaller
         path='.', # Where the learner writes
         device=None # Where batches go; `None` for fastai's default
     ):
         "Make `DataLoaders` from arrays, with the record of the corruption at `dls.noise`"
-        recipe,n = make_noise(noise),len(labels)
+        recipe,labels = make_noise(noise),np.asarray(labels)
         vocab = [str(i) for i in range(int(np.max(labels))+1)] if vocab is None else list(vocab)
         given = torch.as_tensor(check_labels(labels, len(vocab))).clone()
         store = ImageStore(images, given)
@@ -224,7 +225,8 @@ class InMemoryDataLoaders(DataLoaders):
         record = None if recipe is None else _corrupt(recipe, given.numpy(), vocab, seed, train, keys, store.images)
         if record is not None: given[train] = torch.as_tensor(record.noisy)
         device = ifnone(device, default_device())
-        tfms = dict(after_item=[ToTensor], after_batch=[IntToFloatTensor, *L(batch_tfms)], device=device)
+        norm = [] if normalize is None else [_normalize(normalize, store.images.shape, L(batch_tfms))]
+        tfms = dict(after_item=[ToTensor], after_batch=[IntToFloatTensor, *L(batch_tfms), *norm], device=device)
         first = MemoryDL(MemoryDatasets(store, train, vocab, 0, record), store, train, bs=bs, shuffle=True, drop_last=drop_last, **tfms)
         others = [first.new(MemoryDatasets(store, o, vocab, 1), cls=MemoryDL, store=store, pos=o, bs=ifnone(val_bs, 4*bs), shuffle=False, drop_last=False) for o in (valid,test) if o is not None]
         return cls(first, *others, path=path, device=device)
@@ -244,6 +246,11 @@ class InMemoryDataLoaders(DataLoaders):
             new.append(dl.new(cls=MemoryDL, store=store, pos=torch.arange(at, at+len(dl.dataset)), num_workers=0))
             at += len(dl.dataset)
         return cls(*new, path=dls.path, device=ifnone(dls.device, default_device()))
+
+def _normalize(stats, shape, tfms):
+    "`Normalize`; where no transform changes the size, with mean and deviation for each pixel, since torch is slow to broadcast over the channels when they come last"
+    if not all(isinstance(t, CropFlip) for t in tfms): return Normalize.from_stats(*stats)
+    return Normalize(*[tensor(o).float().view(1,1,1,-1).expand(1,*shape[1:]).contiguous().permute(0,3,1,2) for o in stats])
 
 def _splits(y, train, valid, test):
     "Positions of training, validation and test items, or a `ValueError`"
@@ -316,10 +323,10 @@ def digits_dls(
     valid_idx = train_test_split(np.arange(len(d.target)), test_size=valid, stratify=d.target, random_state=0)[1]
     return InMemoryDataLoaders.from_arrays((d.images*15).astype(np.uint8), d.target, [str(i) for i in range(10)], valid_idx, noise, seed, bs, **kwargs)
 
-# %% ../nbs/04_data.ipynb #107f7024
+# %% ../nbs/04_data.ipynb #8c647e47
 def _paper_dls(images, labels, n_train, vocab, noise, seed, bs, valid, subset, augment, normalize, stats, keys=None, **kwargs):
     "`DataLoaders` of a data set whose training items come first"
-    recipe,tfms = make_noise(noise),augmentation(augment) + ([Normalize.from_stats(*stats)] if normalize else [])
+    recipe,tfms,stats = make_noise(noise),augmentation(augment),stats if normalize else None
     labels = check_labels(labels, len(vocab))
     if recipe is not None: recipe.check(labels[:n_train], vocab)
     train,test = np.arange(n_train),np.arange(n_train, len(labels))
@@ -329,7 +336,7 @@ def _paper_dls(images, labels, n_train, vocab, noise, seed, bs, valid, subset, a
     if valid != 'test' and not isinstance(valid, (float,np.floating)): raise ValueError(f"valid={valid!r} must be 'test', or the share of the training items to hold out, in (0, 1)")
     split = dict(valid=test) if valid == 'test' else dict(valid=valid, test=test)
     if recipe is not None and recipe.exact is False and keys is None: keys = np.arange(len(labels))
-    return InMemoryDataLoaders.from_arrays(images, labels, vocab, noise=recipe, seed=seed, bs=bs, train=train, keys=keys, batch_tfms=tfms, **merge(split, kwargs))
+    return InMemoryDataLoaders.from_arrays(images, labels, vocab, noise=recipe, seed=seed, bs=bs, train=train, keys=keys, **merge(split, dict(batch_tfms=tfms, normalize=stats), kwargs))
 
 def _from_torchvision(cls, root, download):
     "Training and test set of a torchvision data set; a download is moved into place when it is whole"

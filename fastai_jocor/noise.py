@@ -65,7 +65,7 @@ def check_labels(labels, c):
     if len(y) and (y.min() < 0 or y.max() >= c): raise ValueError(f"labels from {y.min()} to {y.max()} must lie in [0, {c}): there are {c} classes")
     return y.astype(np.int64)
 
-# %% ../nbs/03_noise.ipynb #4a849eea
+# %% ../nbs/03_noise.ipynb #e8cb004a
 def _pick(rows, u):
     "For each item the column of its row of probabilities into which its number in [0, 1) falls"
     cum = rows.cumsum(-1)
@@ -113,7 +113,7 @@ class LabelNoise:
         for name,o in (('keys',keys),('items',items)):
             if o is not None and len(o) != n: raise ValueError(f"{name} holds {len(o)} entries for {n} labels: one each")
         if n == 0: return y
-        if self.rate > 0 and self.noise_rate(y, classes) == 0:
+        if self.rate > 1e-12 and self.noise_rate(y, classes) == 0:
             raise ValueError(f"{self} cannot reach its rate: none of the {n} items belongs to a class that it corrupts")
         return self._draw(y, classes, seed, np.arange(n) if keys is None else keys, items)
 

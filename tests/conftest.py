@@ -13,3 +13,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n)
+
+def pytest_addoption(parser):
+    parser.addoption('--data-path', help='folder with real data: cifar10/train, cifar10/test, CIFAR-10_human.pt; also taken from FASTAI_JOCOR_DATA')

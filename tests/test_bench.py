@@ -10,7 +10,7 @@ def script(name, *args):
 
 def test_train_command(tmp_path):
     out = tmp_path/'run'
-    p = script('jocor_train', '--epochs', 3, '--k', 3, '--rate', .4, '--out', out, '--threads', 1)
+    p = script('jocor_train', '--epochs', 3, '--k', 3, '--noise', 'symmetric:0.4', '--out', out, '--threads', 1)
     assert p.returncode == 0, p.stderr
     lines = p.stdout.splitlines()
     assert lines[0].split()[:4] == ['epoch','train_loss','valid_loss','accuracy'] and 'label_precision' in lines[0]
@@ -18,22 +18,22 @@ def test_train_command(tmp_path):
     h = pd.read_csv(out/'history.csv')
     assert len(h) == 3 and h.forget_rate.iloc[-1] == pytest.approx(.4) and {'peer_0','peer_1','peer_2'} <= set(h)
     np.testing.assert_allclose(h[['peer_0','peer_1','peer_2']].mean(axis=1), h.peer_accuracy, rtol=1e-4)
-    assert json.loads((out/'config.json').read_text())['rate'] == .4
+    assert json.loads((out/'config.json').read_text())['noise'] == 'symmetric:0.4'
     assert (out/'learning_curve.png').stat().st_size > 5000
     assert sum(v.numel() for v in torch.load(out/'model.pth', weights_only=True).values()) == 3*(64*256+256+2560+10)
     assert json.loads((out/'result.json').read_text())['ensemble_accuracy'] == pytest.approx(h.accuracy.mean(), abs=1e-5)
 
-@pytest.mark.parametrize('args,msg', [(('--k',0),'k=0'), (('--noise','gauss'),"noise='gauss'"), (('--rate',1.5),'rate=1.5'), (('--contrast','js'),"contrast='js'"), (('--co_lambda',2),'co_lambda=2'),
-    (('--forget_rate',1.),'forget_rate=1.0'), (('--num_gradual',-1),'num_gradual=-1'), (('--dataset','svhn'),"dataset='svhn'"), (('--epochs',0),'epochs=0'), (('--dataset','mnist','--path','/nowhere'),'holds no MNIST')])
+@pytest.mark.parametrize('args,msg', [(('--k',0),'k=0'), (('--noise','gauss:.1'),"noise='gauss:.1'"), (('--noise','symmetric:1.5'),'rate=1.5'), (('--noise','human:worse:none.pt'),'does not exist'), (('--subset',.5),'subset=0.5'), (('--contrast','js'),"contrast='js'"), (('--co_lambda',2),'co_lambda=2'),
+    (('--forget_rate',1.),'forget_rate=1.0'), (('--num_gradual',-1),'num_gradual=-1'), (('--dataset','svhn'),"dataset='svhn'"), (('--epochs',0),'epochs=0'), (('--dataset','mnist','--path','/nowhere'),'no MNIST found')])
 def test_train_command_refuses(args, msg, tmp_path):
     from fastai_jocor.bench import jocor_train
     kw = {k.lstrip('-'): v for k,v in zip(args[::2], args[1::2])}
     with pytest.raises(SystemExit) as e: jocor_train(**kw, out=str(tmp_path/'x'))
     assert msg in str(e.value) and not (tmp_path/'x').exists()
 
-@pytest.mark.parametrize('noise', ('none','symmetric','pairflip','asymmetric'))
+@pytest.mark.parametrize('noise', ('none','symmetric:.3','pairflip:.3','asymmetric:.3','instance:.3','symmetric:.3:exact'))
 def test_every_noise_on_digits(noise):
-    assert run(RunConfig(noise=noise, rate=.3, epochs=1), verbose=False)[2]['epochs'] == 1
+    assert run(RunConfig(noise=noise, epochs=1), verbose=False)[2]['epochs'] == 1
 
 def test_output_is_checked_before_training(tmp_path):
     from fastai_jocor.bench import jocor_train

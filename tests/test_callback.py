@@ -63,9 +63,9 @@ def test_figures_of_the_table():
     learn.fit(1, 0., cbs=[cb,rec])
     truth,given = learn.dls.noise.true,learn.dls.noise.noisy
     nets,hit,kept,clean,agree,n = learn.model.peers,0,0,0,0,0
-    order = learn.dls.train.idxs
+    order = np.array(learn.dls.train._DataLoader__idxs)
     for b,(_,x,y) in enumerate(rec.batches):
-        idx = order[b*64:b*64+len(y)].numpy()
+        idx = order[b*64:b*64+len(y)]
         assert (given[idx] == y.numpy()).all()
         z = torch.stack([m(x) for m in nets]).detach()
         sel = np.argsort(joint_loss(z, y, cb.co_lambda).numpy())[:len(y)//2]

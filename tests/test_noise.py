@@ -1,11 +1,14 @@
 import subprocess, sys, numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, strategies as st
 from scipy.stats import chisquare
-from fastai.vision.all import ColReader, CrossEntropyLossFlat, DataBlock, IndexSplitter, Learner, TransformBlock, load_learner, nn, warnings
+import matplotlib; matplotlib.use("agg")
+import matplotlib.pyplot as plt
+from fastai.vision.all import (ColReader, CrossEntropyLossFlat, DataBlock, ImageBlock, IndexSplitter, Learner, PILImage, TransformBlock, get_image_files, load_learner, nn, parent_label, warnings)
 from fastai_jocor.noise import *
-from fastai_jocor.noise import item_uniform
+from fastai_jocor.noise import cifar100_classes, cifar100_superclasses, item_uniform
 
-recipes_st = st.one_of(st.floats(0,1).map(Symmetric), st.floats(0,1).map(PairFlip), st.floats(0,1).map(lambda r: Asymmetric(r, {0:1,1:0})))
+rates = st.integers(0,1000).map(lambda r: r/1000)
+recipes_st = st.one_of(rates.map(Symmetric), rates.map(PairFlip), rates.map(lambda r: Asymmetric(r, {0:1,1:0})))
 
 @given(recipe=recipes_st, c=st.integers(2,12), n=st.integers(0,200), seed=st.integers(0,2**31))
 def test_a_recipe_draws_from_its_matrix(recipe, c, n, seed):
@@ -13,6 +16,8 @@ def test_a_recipe_draws_from_its_matrix(recipe, c, n, seed):
     assert T.shape == (c,c) and (T >= -1e-12).all()
     np.testing.assert_allclose(T.sum(1), 1)
     y = np.random.RandomState(seed).randint(0, c, n)
+    y[:2*(n>1)],y[n//2:n//2+2*(n>1)] = 0,1
+    if n == 1: y[:] = 0
     noisy = recipe.corrupt(y, c, seed)
     assert (T[y,noisy] > 0).all()
     perm = np.random.RandomState(seed+1).permutation(n)
@@ -106,3 +111,171 @@ def test_after_load_learner_test_items_keep_their_labels(tmp_path):
     (lambda: NoiseRecord([0,1],[0],2), 'one each')])
 def test_bad_input(f, msg):
     with pytest.raises(ValueError, match=msg): f()
+
+@given(recipe=recipes_st, c=st.integers(2,8), n=st.integers(10,200), seed=st.integers(0,2**31))
+def test_exact_counts(recipe, c, n, seed):
+    y = np.r_[0, 1, np.random.RandomState(seed).randint(0, c, n)]
+    recipe.exact = True
+    T = recipe.transition(c)
+    want = T[y].sum(0), (1-np.diag(T))[y].sum()
+    if want[1] > 1e-9 and round(want[1]) == 0:
+        with pytest.raises(ValueError, match='cannot reach its rate'): recipe.corrupt(y, c, seed)
+        return
+    noisy = recipe.corrupt(y, c, seed)
+    assert abs((noisy!=y).sum() - want[1]) <= .5+1e-6
+    counts = np.bincount(y*c+noisy, minlength=c*c).reshape(c,c)
+    off = ~np.eye(c, dtype=bool)
+    assert (np.abs(counts - np.bincount(y, minlength=c)[:,None]*T)[off] < 2).all() and (counts[off & (T==0)] == 0).all()
+    perm = np.random.RandomState(seed).permutation(len(y))
+    assert (recipe.corrupt(y[perm], c, seed, keys=perm) == noisy[perm]).all()
+
+def test_every_item_has_its_chance_under_exact_counts():
+    hits = np.mean([PairFlip(.25, exact=True).corrupt(np.arange(40)%2, 2, s) != np.arange(40)%2 for s in range(800)], axis=0)
+    assert (np.abs(hits-.25) < .07).all()
+
+def test_instance_dependent_against_the_slow_way():
+    "Flip rates by the inverse of the truncated normal, one softmax over a random projection for each item"
+    from scipy.stats import norm
+    from fastai_jocor.noise import _seed
+    rs = np.random.RandomState(0)
+    x,y = rs.randint(0, 256, (300,5,5), dtype=np.uint8),rs.randint(0, 4, 300)
+    recipe = InstanceDependent(.3, std=.2)
+    noisy = recipe.corrupt(y, 4, seed=11, items=x)
+    lo,hi = norm.cdf(-.3/.2),norm.cdf(.7/.2)
+    for i in range(300):
+        u = {n: item_uniform([i], s)[0] for n,s in (('rate',_seed(11,'rate')),('flip',11),('target',_seed(11,'target')))}
+        q = .3 + .2*norm.ppf(lo+u['rate']*(hi-lo))
+        assert 0 <= q <= 1
+        if u['flip'] >= q: assert noisy[i] == y[i]; continue
+        z = (x[i].ravel()/255.) @ np.random.default_rng(_seed(11,'class',y[i])).standard_normal((25,4))
+        p = [0. if c==y[i] else np.exp(z[c]) for c in range(4)]
+        want = next(c for c in range(4) if sum(p[:c+1])/sum(p) > u['target'])
+        assert noisy[i] == want != y[i]
+    assert recipe.noise_rate(y, 4) == pytest.approx(((noisy!=y).mean()), abs=.08)
+
+@given(seed=st.integers(0,2**31), exact=st.booleans())
+def test_instance_noise_belongs_to_the_item(seed, exact):
+    rs = np.random.RandomState(seed)
+    x,y,perm = rs.rand(60,7),rs.randint(0,3,60),rs.permutation(60)
+    r = InstanceDependent(.4, exact=exact)
+    noisy = r.corrupt(y, 3, seed, items=x)
+    assert (r.corrupt(y[perm], 3, seed, keys=perm, items=x[perm]) == noisy[perm]).all()
+    assert (r.corrupt(y, 3, seed+1, items=x) != noisy).any()
+    if exact: assert (noisy!=y).sum() == 24
+    else: assert (r.corrupt(y[:30], 3, seed, items=x[:30]) == noisy[:30]).all()
+
+def test_the_official_cifar100_map_is_not_by_superclass():
+    T = Asymmetric(1., 'cifar100_official').transition(100)
+    assert T.argmax(1).tolist() == [i//5*5+(i+1)%5 for i in range(100)]
+    ours = Asymmetric(1., 'cifar100').transition(100).argmax(1)
+    sup = np.array([next(k for k,v in enumerate(cifar100_superclasses.values()) if c in v) for c in cifar100_classes])
+    assert np.bincount(sup).tolist() == [5]*20 and len(set(ours)) == 100 and (sup[ours] == sup).all()
+    for s in range(20):
+        members = np.flatnonzero(sup==s)
+        assert ours[members].tolist() == np.roll(members, -1).tolist()
+
+@pytest.mark.parametrize('text,recipe', (('symmetric:0.5',Symmetric(.5)), ('symmetric:0.5:exact',Symmetric(.5,exact=True)), ('pairflip:.45',PairFlip(.45)), ('asymmetric:0.4',Asymmetric(.4)),
+    ('asymmetric:0.4:mnist:exact',Asymmetric(.4,'mnist',exact=True)), ('instance:0.2',InstanceDependent(.2)), ('none',None)))
+def test_recipes_from_text(text, recipe):
+    assert make_noise(text) == recipe and make_noise(recipe) is recipe
+    df = frame()
+    if recipe is not None and not isinstance(recipe, (Asymmetric,InstanceDependent)):
+        assert (frame_block(text).datasets(df).noise.noisy == frame_block(recipe).datasets(df).noise.noisy).all()
+
+def test_a_block_used_twice_keeps_its_records_apart():
+    block = frame_block()
+    a = block.datasets(frame())
+    given = [int(o) for o in a.train.tls[1]]
+    b = block.datasets(frame()[::-1].reset_index(drop=True))
+    assert [int(o) for o in a.train.tls[1]] == given == a.noise.noisy.tolist()
+    assert [int(o) for o in b.train.tls[1]] == b.noise.noisy.tolist() and (a.noise.true != b.noise.true).any()
+
+def test_in_another_process_the_same_labels(tmp_path):
+    code = '''
+import sys, numpy as np, pandas as pd
+sys.path.insert(0, sys.argv[1])
+from test_noise import frame, frame_block
+from fastai_jocor.noise import *
+for r in (Symmetric(.5), InstanceDependent(.5, get_x=lambda row: np.array([row.x, 1.])), PairFlip(.3, exact=True)): print(frame_block(r).datasets(frame()).noise.noisy.tolist())
+'''
+    from pathlib import Path
+    out = subprocess.run([sys.executable,'-W','ignore','-c',code,str(Path(__file__).parent)], capture_output=True, text=True)
+    want = [frame_block(r).datasets(frame()).noise.noisy.tolist() for r in (Symmetric(.5), InstanceDependent(.5, get_x=lambda row: np.array([row.x, 1.])), PairFlip(.3, exact=True))]
+    assert out.stdout.splitlines() == [str(o) for o in want], out.stderr
+
+def table(df, recipe='symmetric:0.5'):
+    from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularPandas
+    return TabularPandas(df, [Categorify,FillMissing,Normalize], ['a'], ['x'], 'y', y_block=NoisyCategoryBlock(recipe, 3), splits=(list(range(200)),list(range(200,240))))
+
+def test_tabular(tmp_path):
+    from fastai.tabular.all import tabular_learner
+    df = frame().assign(a=list('pqrs')*60)
+    to = table(df)
+    dls = to.dataloaders(bs=20, path=tmp_path)
+    truth = np.array([['cat','dog','owl'].index(o) for o in df.y])
+    assert (dls.noise.true == truth[:200]).all() and dls.noise.flipped.sum() > 60
+    assert (to.train.y.values == dls.noise.noisy).all() and (to.valid.y.values == truth[200:]).all()
+    assert (dls.noise.noisy == frame_block().datasets(frame()).noise.noisy).all()
+    for _ in range(2): assert torch.cat([b[2] for b in dls.train.new(shuffle=False, drop_last=False)]).flatten().tolist() == dls.noise.noisy.tolist()
+    shuffled = df[:200].sample(frac=1, random_state=0)
+    again = table(pd.concat([shuffled, df[200:]])).noise
+    assert dict(zip(again.keys, again.noisy)) == dict(zip(dls.noise.keys, dls.noise.noisy))
+    assert (table(df.assign(y=truth)).noise.noisy == dls.noise.noisy).all()
+    with pytest.raises(ValueError, match='reset_index'): table(pd.concat([df[:120]]*2))
+    learn = tabular_learner(dls, layers=[4])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    test = learn.dls.test_dl(df[:50])
+    assert test.dataset.y.tolist() == truth[:50].tolist()
+    learn.export()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        loaded = load_learner(tmp_path/'export.pkl')
+    assert (loaded.dls.noise.noisy == dls.noise.noisy).all() and loaded.dls.test_dl(df[:50]).dataset.y.tolist() == truth[:50].tolist()
+
+def test_text(tmp_path):
+    from fastai.text.all import TextBlock
+    df = pd.DataFrame(dict(text=[f'{w} number {i} is here' for i in range(30) for w in ('alpha','beta')], label=['a','b']*30))
+    df.columns = ['words','label']
+    block = DataBlock((TextBlock.from_df('words', seq_len=8, tok=SimpleTok()), NoisyCategoryBlock('symmetric:0.5', 1)), get_x=ColReader('text'), get_y=ColReader('label'), splitter=IndexSplitter(range(50,60)))
+    dls = block.dataloaders(df, bs=8, num_workers=0)
+    assert 10 < dls.noise.flipped.sum() < 40 and dls.noise.true.tolist() == [0,1]*25
+    word = {dls.vocab[0].index(w): i for i,w in enumerate(('alpha','beta'))}
+    seen = [(word[next(int(t) for t in x if int(t) in word)], int(y)) for xb,yb in dls.train.new(drop_last=False) for x,y in zip(xb,yb)]
+    assert sorted(seen) == sorted(zip(dls.noise.true.tolist(), dls.noise.noisy.tolist()))
+    assert all(word[next(int(t) for t in x if int(t) in word)] == int(y) for xb,yb in dls.valid for x,y in zip(xb,yb))
+    dls.show_batch(max_n=3)
+
+class SimpleTok:
+    def __call__(self, items): return (str(o).split() for o in items)
+
+def titles(): return [(ax.get_title(), ax.title.get_color()) for ax in plt.gcf().axes if ax.get_title()]
+
+@pytest.mark.parametrize('seed', range(3))
+def test_show_batch_marks_the_flipped(tmp_path, seed):
+    for i in range(40): picture_file(tmp_path/'ab'[i%2]/f'{i}.png', i)
+    block = DataBlock((ImageBlock, NoisyCategoryBlock('symmetric:0.5', seed)), get_items=get_image_files, get_y=parent_label, splitter=IndexSplitter(range(5)))
+    dls = block.dataloaders(tmp_path, bs=8, num_workers=2)
+    dls.show_batch(max_n=8)
+    shown = titles()
+    idxs = dls.train._DataLoader__idxs[:8]
+    v,rec = dls.vocab,dls.noise
+    assert shown == [(f'{v[rec.noisy[i]]} (true: {v[rec.true[i]]})','tab:red') if rec.flipped[i] else (v[rec.noisy[i]],'black') for i in idxs]
+    assert any('true' in t for t,_ in shown) and not all('true' in t for t,_ in shown)
+    for show in (lambda: dls.valid.show_batch(max_n=4), lambda: dls.show_batch(dls.one_batch(), max_n=4)):
+        plt.close('all'); show()
+        assert len(titles()) == 4 and all('true' not in t and c=='black' for t,c in titles())
+    plt.close('all')
+
+def picture_file(f, i):
+    f.parent.mkdir(exist_ok=True)
+    PILImage.create(np.full((8,8,3), i, np.uint8)).save(f)
+
+def test_plot_noise():
+    y = np.arange(60)%3
+    rec = NoiseRecord(y, PairFlip(.5, exact=True).corrupt(y, 3), ['cat','dog','owl'], PairFlip(.5, exact=True))
+    ax = plot_noise(rec)
+    assert sorted(t.get_text() for t in ax.texts) == ['0.00']*3+['0.50']*6
+    assert [t.get_text() for t in ax.get_xticklabels()] == ['cat','dog','owl'] and '50.0% of 60' in ax.get_title()
+    assert np.allclose(ax.images[0].get_array(), rec.matrix)
+    assert not plot_noise(NoiseRecord(np.arange(50), np.arange(50), 50)).texts
+    plt.close('all')
