@@ -6,11 +6,12 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/losses.html.md"""
 
 # %% auto #0
 __all__ = ['contrasts', 'check_number', 'check_contrast', 'check_co_lambda', 'n_terms', 'peer_contrast', 'joint_loss',
-           'plain_lambda']
+           'plain_lambda', 'joint_loss_multi']
 
-# %% ../nbs/00_losses.ipynb #214fdbb4
+# %% ../nbs/00_losses.ipynb #7d5a47da
 import torch
 import torch.nn.functional as F
+from functools import partial
 from numbers import Real
 from torch import Tensor
 
@@ -95,3 +96,22 @@ def plain_lambda(
     "Translate the weight of a plain sum of terms into `co_lambda`"
     r = n_terms(k, contrast)/k * check_co_lambda(co_lambda)
     return r/(r + 1-co_lambda) if r else co_lambda
+
+# %% ../nbs/00_losses.ipynb #6efd2905
+def joint_loss_multi(
+    logits:Tensor, # Logits of the peers, shape (k, N, C), any floating dtype
+    targ:Tensor, # Whether each label holds, shape (N, C), in [0, 1]
+    co_lambda:float, # Weight λ of the contrast, in [0, 1]; no effect for one peer
+    contrast:str='kl', # `kl`, `kl_circular`, `ce` or `ce_circular`, between Bernoulli distributions
+    loss_func=None # Per-label loss `f(logits (N, C), targ) -> (N, C)`, called once a peer; `None` for binary cross-entropy
+)->Tensor: # Joint loss per item, shape (N,), float32 or wider: the mean over its labels
+    "Weigh fit against distance as `joint_loss` does, for items with several labels"
+    check_co_lambda(co_lambda)
+    if logits.ndim != 3 or targ.shape != logits.shape[1:]: raise ValueError(f"targ of shape {tuple(targ.shape)} does not fit logits of shape {tuple(logits.shape)}: it must be (items, labels), and logits (peers, items, labels)")
+    z = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+    f = loss_func or partial(F.binary_cross_entropy_with_logits, reduction='none')
+    fit = torch.stack([f(o, targ.to(z.dtype)).reshape(targ.shape) for o in z]).sum(0).mean(-1)
+    k,terms = len(z),n_terms(len(z), contrast)
+    if not terms: return fit
+    lp = torch.stack([F.logsigmoid(z), F.logsigmoid(-z)], -1).flatten(1,2)
+    return (1-co_lambda)*fit + co_lambda*k/terms*_contrast(lp, contrast).view(targ.shape).mean(-1)

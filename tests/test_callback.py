@@ -81,11 +81,11 @@ def test_columns_and_history():
     learn,cb = digits(),JoCorCallback(k=2)
     learn.fit(2, 1e-3, cbs=cb)
     names = list(learn.recorder.metric_names)
-    assert names == ['epoch','train_loss','valid_loss','accuracy','forget_rate','kept','agreement','label_precision','label_recall','time']
+    assert names == ['epoch','train_loss','valid_loss','accuracy','forget_rate','kept','agreement','label_precision','label_recall','non_finite','time']
     assert all(len(v) == len(names)-2 for v in learn.recorder.values)
     assert [v[3] for v in learn.recorder.values] == cb.history.forget_rate.tolist()
     assert len(learn.validate()) == 2
-    assert list(digits(noise=None).fit(1, cbs=(c := JoCorCallback(forget_rate=.2))) or c.history) == ['epoch','forget_rate','kept','agreement']
+    assert list(digits(noise=None).fit(1, cbs=(c := JoCorCallback(forget_rate=.2))) or c.history) == ['epoch','forget_rate','kept','agreement','non_finite']
 
 def test_columns_of_two_callbacks_keep_their_values():
     from fastai_jocor.bench import PeerAccuracy
