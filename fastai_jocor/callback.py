@@ -221,7 +221,7 @@ class UndoPeers(Callback):
         if self.owner.before_finder is None: return
         (self.learn.model,self.learn.splitter,self.learn.opt),self.owner.before_finder = self.owner.before_finder,None
 
-# %% ../nbs/05_callback.ipynb #22eabf8f
+# %% ../nbs/05_callback.ipynb #9b187976
 _unknown = object()
 
 class PeersCallback(ColumnsCallback):
@@ -370,6 +370,7 @@ class PeersCallback(ColumnsCallback):
         self.resume = None
         if state['epoch'] != self.epoch-1: return
         self.rows = list(state['rows'])
+        if hasattr(self.learn, 'recorder'): self.recorder.smooth_loss.count,self.recorder.smooth_loss.val = state['smooth']
         restore_random_states(state['random'], self.dls)
 
     def before_batch(self):
@@ -454,7 +455,8 @@ class PeersCallback(ColumnsCallback):
         super().after_epoch()
         if not trained: return
         self.done += 1 if not self.start else 0
-        self.peers.run_state = dict(epoch=self.epoch, rows=[{k: float(v) if isinstance(v, float) else int(v) for k,v in r.items()} for r in self.rows], random=random_states(self.dls))
+        self.peers.run_state = dict(epoch=self.epoch, rows=[{k: float(v) if isinstance(v, float) else int(v) for k,v in r.items()} for r in self.rows],
+                                    smooth=(self.recorder.smooth_loss.count, self.recorder.smooth_loss.val) if hasattr(self.learn, 'recorder') else (0, torch.tensor(0.)), random=random_states(self.dls))
 
     def epoch_values(self):
         values,self.figures = self.figures,None

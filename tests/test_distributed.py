@@ -1,0 +1,63 @@
+"Two real processes on the CPU (gloo), against one process on the union of their batches."
+import os, subprocess, sys, numpy as np, pytest, torch
+import torch.nn.functional as F
+from pathlib import Path
+from fastai_jocor.all import *
+
+pytest.importorskip('accelerate', reason='accelerate is not installed: two processes cannot be tried')
+
+def two_processes(out, *args):
+    env = {**os.environ, 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
+    script = Path(__file__).parent/'distributed_script.py'
+    p = subprocess.run([sys.executable,'-m','torch.distributed.run','--standalone','--nproc_per_node','2',str(script),str(out),*map(str,args)], capture_output=True, text=True, env=env)
+    assert p.returncode == 0, p.stderr[-3000:]
+    return [torch.load(out/f'rank{r}.pt', weights_only=False) for r in (0,1)]
+
+def nets_of(state):
+    nets = [jocor_mlp(10, 64, 32) for _ in range(3)]
+    for i,m in enumerate(nets): m.load_state_dict({k[len(f'peers.{i}.'):]: v for k,v in state.items() if k.startswith(f'peers.{i}.')})
+    return nets
+
+def losses(nets, x, y): return joint_loss(torch.stack([m(x) for m in nets]), y, .8)
+
+def one_process(ranks, select):
+    "The same batches in one process; also how many items it keeps and how many are clean among them, without the repeats"
+    nets = nets_of(ranks[0]['start'])
+    opt = torch.optim.Adam([p for m in nets for p in m.parameters()], lr=1e-3)
+    kept = []
+    for (x0,y0,rate),(x1,y1,_) in zip(ranks[0]['batches'], ranks[1]['batches']):
+        parts,n = [losses(nets,x0,y0), losses(nets,x1,y1)],len(y0)+len(y1)
+        if select == 'global':
+            l = torch.cat(parts)
+            sel = np.argsort(l.detach().numpy(), kind='stable')[:int((1-rate)*n)]
+            loss = l[torch.as_tensor(sel)].mean()
+            kept.append(sel)
+        else:
+            sel = [np.argsort(l.detach().numpy(), kind='stable')[:int((1-rate)*len(l))] for l in parts]
+            loss = sum(l[torch.as_tensor(s)].mean() for l,s in zip(parts,sel))/2
+            kept.append(np.concatenate([sel[0], sel[1]+len(y0)]))
+        opt.zero_grad(); loss.backward(); opt.step()
+    return nets,kept
+
+@pytest.mark.parametrize('select', ('global','local'))
+def test_two_processes_are_one(tmp_path, select):
+    a,b = two_processes(tmp_path, select, 1001)
+    assert all(torch.equal(a['start'][k], b['start'][k]) and torch.equal(a['final'][k], b['final'][k]) for k in a['start'])
+    peers = nets_of(a['start'])
+    assert all_differ(peers)
+    nets,kept = one_process((a,b), select)
+    for m,t in zip(nets_of(a['final']), nets):
+        for p,q in zip(m.parameters(), t.parameters()): torch.testing.assert_close(p, q, atol=1e-5, rtol=0)
+    assert any(not torch.equal(p,q) for m,t in zip(nets, peers) for p,q in zip(m.parameters(), t.parameters()))
+
+    n,per_epoch = a['n'],len(kept)//2
+    assert n % 2 == 1 and sum(len(y) for _,y,_ in a['batches'])*2 == 2*(n+1)
+    sizes = [len(y0)+len(y1) for (_,y0,_),(_,y1,_) in zip(a['batches'], b['batches'])]
+    for e in (0,1):
+        part = range(e*per_epoch, (e+1)*per_epoch)
+        repeat_kept = sizes[part[-1]]-1 in kept[part[-1]]
+        assert a['history']['kept'][e] == b['history']['kept'][e] == pytest.approx((sum(len(kept[i]) for i in part) - repeat_kept)/n, abs=1e-9)
+        assert a['history']['label_precision'][e] == b['history']['label_precision'][e] > .5
+    other = one_process((a,b), 'local' if select=='global' else 'global')[0]
+    assert any((p-q).abs().max() > 1e-4 for m,t in zip(nets,other) for p,q in zip(m.parameters(), t.parameters()))
+    assert a['valid'] == b['valid']
