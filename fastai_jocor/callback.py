@@ -6,13 +6,15 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/callback.html.md"""
 
 # %% auto #0
 __all__ = ['ColumnNames', 'ColumnsCallback', 'is_validating', 'is_plain_ce', 'is_multi_label', 'per_sample_loss', 'epoch_idxs',
-           'same_random_states', 'random_states', 'restore_random_states', 'distributed_world', 'UndoPeers',
-           'PeersCallback', 'JoCorCallback']
+           'listed_idxs', 'same_random_states', 'random_states', 'restore_random_states', 'distributed_world',
+           'SafeSaveModelCallback', 'UndoPeers', 'PeersCallback', 'JoCorCallback']
 
-# %% ../nbs/05_callback.ipynb #3c255d12
-import random, torch, numpy as np, pandas as pd
+# %% ../nbs/05_callback.ipynb #354eb306
+import itertools, os, random, torch, numpy as np, pandas as pd
+from contextlib import ExitStack
 from fastai.basics import *
 from fastai.callback.mixup import MixHandler
+from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.layers import NoneReduce
 from fastai.torch_core import get_random_states, set_random_states
@@ -69,7 +71,7 @@ def is_validating(learn):
     "Whether the learner is in `validate`, `get_preds` or the like rather than in `fit`"
     return hasattr(learn, 'gather_preds') or learn.lock.locked()
 
-# %% ../nbs/05_callback.ipynb #85a1c1de
+# %% ../nbs/05_callback.ipynb #58f32cf6
 def is_plain_ce(
     loss_func # The learner's loss
 )->bool:
@@ -86,6 +88,7 @@ def is_multi_label(
     bce = isinstance(getattr(loss_func, 'func', loss_func), nn.BCEWithLogitsLoss) or loss_func is F.binary_cross_entropy_with_logits
     return bce and targ.ndim == 2 and targ.is_floating_point()
 
+def _column(y): return y[:,0] if y.ndim == 2 and y.shape[1] == 1 and not y.is_floating_point() else y
 def _logits(pred): return pred[0] if isinstance(pred, (tuple,list)) else pred
 
 def _plain(t): return t.as_subclass(Tensor) if isinstance(t, Tensor) else t
@@ -110,12 +113,26 @@ def per_sample_loss(
     raise ValueError(f"loss_func={loss_func!r} cannot be reduced per sample: small-loss selection needs one loss per item, "
                      "so it must have a `reduction` attribute or argument that takes 'none', or return shape (N,)")
 
-# %% ../nbs/05_callback.ipynb #6822559a
+# %% ../nbs/05_callback.ipynb #198cd685
 def epoch_idxs(
     dl # A loader that is being iterated over
 ): # Positions in its data set in the order of this epoch, or `None` if it does not tell
     "The order in which a fastai loader gives its items in this epoch"
-    return vars(dl).get('_DataLoader__idxs')
+    idxs = vars(dl).get('_DataLoader__idxs')
+    return idxs if isinstance(idxs, (list,tuple,L,np.ndarray,Tensor)) else None
+
+@contextmanager
+def listed_idxs(
+    dl # A loader that is about to be iterated over
+):
+    "Let a loader that gives its order as an iterator, which can be read only once, give it as a list"
+    get,own = getattr(dl, 'get_idxs', None),vars(dl).get('get_idxs')
+    if get is None or getattr(dl, 'n', None) is None: yield; return
+    dl.get_idxs = lambda: list(itertools.islice(get(), dl.n))
+    try: yield
+    finally:
+        if own is None: del dl.get_idxs
+        else: dl.get_idxs = own
 
 @contextmanager
 def same_random_states(dl):
@@ -169,6 +186,17 @@ def _let_loaders_broadcast():
         return t.tolist()
     DistributedDL._broadcast = _broadcast
 
+# %% ../nbs/05_callback.ipynb #00552711
+class SafeSaveModelCallback(SaveModelCallback):
+    "A `SaveModelCallback` that writes each checkpoint aside and then moves it into place, so that an earlier one survives"
+    def _save(self, name):
+        part = join_path_file(f'{name}_part', self.path/self.model_dir, ext='.pth')
+        try:
+            self.learn.save(f'{name}_part', with_opt=self.with_opt)
+            self.last_saved_path = join_path_file(name, self.path/self.model_dir, ext='.pth')
+            if part.exists(): os.replace(part, self.last_saved_path)
+        finally: part.unlink(missing_ok=True)
+
 # %% ../nbs/05_callback.ipynb #627439e5
 def _default_init(learn): return 'head' if getattr(learn, 'pretrained', False) or learn.opt.frozen_idx else 'all'
 
@@ -221,7 +249,7 @@ class UndoPeers(Callback):
         if self.owner.before_finder is None: return
         (self.learn.model,self.learn.splitter,self.learn.opt),self.owner.before_finder = self.owner.before_finder,None
 
-# %% ../nbs/05_callback.ipynb #9b187976
+# %% ../nbs/05_callback.ipynb #5d399f5a
 _unknown = object()
 
 class PeersCallback(ColumnsCallback):
@@ -247,7 +275,8 @@ class PeersCallback(ColumnsCallback):
         forget_schedule(forget_rate or 0., 1, num_gradual, exponent)
         super().__init__()
         self.companions.append(UndoPeers(self))
-        self.restart,self.select,self.done,self.before_finder,self.world = restart,select,0,None,1
+        self.restart,self.select,self.done,self.rate,self.before_finder,self.world = restart,select,0,0.,None,1
+        self.listing = ExitStack()
         self.k,self.forget_rate,self.num_gradual,self.exponent,self.models,self.init,self.seed = k,forget_rate,num_gradual,exponent,models,init,seed
 
     def batch_loss(self, logits, targ, rate):
@@ -306,12 +335,14 @@ class PeersCallback(ColumnsCallback):
 
     def _schedule(self):
         "Forget rates of this fit's epochs; a later fit goes on where the last one ended, a resumed one counts its epochs from 0"
-        if self.restart or self.start: self.done = 0
-        n = self.done+self.n_epoch
-        rates = forget_schedule(self.tau, n, ifnone(self.num_gradual, default_num_gradual(n, len(self.dls.train))), self.exponent)[self.done:]
+        if self.restart or self.start: self.done,self.rate = 0,0.
+        n,frozen = self.done+self.n_epoch,bool(self.opt.frozen_idx)
+        gradual = ifnone(self.num_gradual, max(default_num_gradual(n, len(self.dls.train)), int(frozen)))
+        rates = np.maximum(forget_schedule(self.tau, n, gradual, self.exponent)[self.done:], self.rate if self.done else 0.)
         return np.full(self.n_epoch, rates[0]) if self.finding else rates
 
     def detach(self):
+        self.listing.close()
         if getattr(self, 'peers', None) is not None: self.peers.guarded = True
     def after_fit(self):
         self.detach()
@@ -339,7 +370,7 @@ class PeersCallback(ColumnsCallback):
 
     def _check_batch(self, pred, targs):
         if len(targs) != 1: raise ValueError(f"the batch holds {len(targs)} targets, but must hold one: class indices of shape (N,)")
-        y = targs[0]
+        y = _column(targs[0])
         if not isinstance(pred, Tensor) or pred.ndim != 2 or len(pred) != len(y):
             raise ValueError(f"the model gave {tuple(pred.shape) if isinstance(pred, Tensor) else type(pred).__name__} for {len(y)} items: it must give logits of shape (N, C)")
         self.multi_label = is_multi_label(self.loss_func, y)
@@ -364,6 +395,8 @@ class PeersCallback(ColumnsCallback):
         if self.resume is not None: self._take_up(self.resume)
         self.rate,self.pos,self.repeated = float(self.schedule[self.epoch]),None,None
         self.totals = torch.zeros(7, dtype=torch.long, device=next(self.model.parameters()).device)
+        self.listing.close()
+        if self.flags is not None: self.listing.enter_context(listed_idxs(self.dl))
 
     def _take_up(self, state):
         "Go on with the random states and the rows of a run that was interrupted after the epoch before this one"
@@ -401,12 +434,13 @@ class PeersCallback(ColumnsCallback):
 
     def after_loss(self):
         self.learn.yb,logits = self.targs,_plain(_logits(self.learn.pred))
+        targ = _column(_plain(self.yb[0]))
         if self.item_loss is _unknown:
             self._check_batch(logits[0].detach(), [_plain(o) for o in self.yb])
             self.peers.multi_label = self.multi_label
         self.bad = self.bad | ~(logits.detach().abs().amax((0,2)) < 1e30)
         logits = torch.where(self.bad[:,None], 0., logits)
-        loss,kept = self.batch_loss(logits, _plain(self.yb[0]), self.rate)
+        loss,kept = self.batch_loss(logits, targ, self.rate)
         self.any_good = (~self.bad).any()
         shown = loss.detach().clone().float()
         self.last_loss = torch.where(shown.isfinite(), shown, self.last_loss)
@@ -445,6 +479,7 @@ class PeersCallback(ColumnsCallback):
         self.told = True
 
     def after_train(self):
+        self.listing.close()
         if self.world > 1: torch.distributed.all_reduce(self.totals)
         n,kept,agree,bad,hit,known,clean = self.totals.tolist()
         share = lambda a,b: a/b if b else float('nan')
