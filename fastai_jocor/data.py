@@ -9,11 +9,11 @@ __all__ = ['cifar100_stats', 'ImageStore', 'MemoryDL', 'StoredImage', 'StoredLab
            'InMemoryDataLoaders', 'crop_flip', 'CropFlip', 'augmentation', 'digits_dls', 'mnist_dls', 'read_images',
            'cifar10_dls', 'cifar100_dls', 'jocor_mlp', 'jocor_cnn']
 
-# %% ../nbs/04_data.ipynb #b80157f4
+# %% ../nbs/04_data.ipynb #cb3adba1
 import tempfile, numpy as np, torch
 import torch.nn.functional as F
 from fastai.vision.all import *
-from .noise import NoiseRecord, check_labels, cifar10_classes, cifar100_classes, make_noise
+from .noise import NoiseRecord, check_labels, cifar10_classes, cifar100_classes, file_number, make_noise
 
 # %% ../nbs/04_data.ipynb #a1491b6f
 def _channels_last(images):
@@ -85,7 +85,7 @@ class MemoryDL(TfmdDL):
         super().to(device)
         self.store.to(device)
 
-# %% ../nbs/04_data.ipynb #8f9e8810
+# %% ../nbs/04_data.ipynb #5dfd7121
 class StoredImage(Transform):
     "Read an image from a store by its number; open any other image in the size and mode of the store's"
     input_types = (object,)
@@ -109,7 +109,7 @@ class MemoryDatasets(Datasets):
     def __init__(self, store, idxs, vocab, split_idx=0, noise=None, types=None):
         self.store,self.classes,self.record = store,vocab,noise
         tfms = [[StoredImage(store)], [StoredLabel(store, vocab, noise), Categorize(vocab=vocab, sort=False)]]
-        super().__init__(tls=[TfmdLists(np.asarray(idxs), t, split_idx=split_idx, types=ty) for t,ty in zip(tfms, types or (None,None))], n_inp=1)
+        super().__init__(tls=[TfmdLists(np.asarray(idxs).tolist(), t, split_idx=split_idx, types=ty) for t,ty in zip(tfms, types or (None,None))], n_inp=1)
 
     def new_empty(self):
         empty = ImageStore(self.store.images[:0].cpu().clone(), self.store.targets[:0].cpu().clone())
@@ -194,14 +194,14 @@ def stratified(
     taken,rest = train_test_split(np.arange(n_items), train_size=int(size), stratify=np.asarray(labels), random_state=seed)
     return np.sort(taken),np.sort(rest)
 
-# %% ../nbs/04_data.ipynb #2ba39adf
+# %% ../nbs/04_data.ipynb #faf95c0f
 class InMemoryDataLoaders(DataLoaders):
     "`DataLoaders` of images that are held in memory"
     @classmethod
     def from_arrays(cls,
         images, # Pixels in 0..255, shape (n, H, W), (n, H, W, channels) or (n, channels, H, W), with 1 or 3 channels, uint8
-        labels, # True labels, shape (n,), class indices
-        vocab=None, # Class names; `None` numbers them
+        labels, # True labels, shape (n,), class indices, or names
+        vocab=None, # Class names; `None` numbers the classes, or sorts their names
         valid=0.2, # Share of validation items, stratified and the same for every `seed`; or their positions
         noise=None, # Recipe that corrupts the training labels, or its name, such as `symmetric:0.2`
         seed:int=0, # Seed of the corruption
@@ -218,7 +218,7 @@ class InMemoryDataLoaders(DataLoaders):
     ):
         "Make `DataLoaders` from arrays, with the record of the corruption at `dls.noise`"
         recipe,labels = make_noise(noise),np.asarray(labels)
-        vocab = [str(i) for i in range(int(np.max(labels))+1)] if vocab is None else list(vocab)
+        vocab,labels = _coded(labels, vocab)
         given = torch.as_tensor(check_labels(labels, len(vocab))).clone()
         store = ImageStore(images, given)
         train,valid,test = _splits(given.numpy(), train, valid, test)
@@ -252,19 +252,35 @@ def _normalize(stats, shape, tfms):
     if not all(isinstance(t, CropFlip) for t in tfms): return Normalize.from_stats(*stats)
     return Normalize(*[tensor(o).float().view(1,1,1,-1).expand(1,*shape[1:]).contiguous().permute(0,3,1,2) for o in stats])
 
+def _coded(labels, vocab):
+    "Vocabulary and class indices from indices or names"
+    if labels.dtype.kind not in 'UO': return ([str(i) for i in range(int(labels.max())+1)] if vocab is None else list(vocab)),labels
+    vocab = sorted(set(labels.tolist())) if vocab is None else list(vocab)
+    unknown = set(labels.tolist()) - set(vocab)
+    if unknown: raise ValueError(f"labels hold {sorted(map(str, unknown))[:5]}, which are not in vocab")
+    return vocab,np.array([vocab.index(o) for o in labels.tolist()])
+
+def _positions(name, o, n):
+    "Positions of items from positions or a mask"
+    a = np.asarray(o)
+    if a.ndim != 1 or a.dtype.kind not in 'iub' or (a.dtype == bool and len(a) != n): raise ValueError(f"{name}={o!r} must be positions in [0, {n}), or a mask of {n} items" + (", or a share in (0, 1)" if name=='valid' else ''))
+    return np.flatnonzero(a) if a.dtype == bool else a.astype(np.int64)
+
 def _splits(y, train, valid, test):
     "Positions of training, validation and test items, or a `ValueError`"
     n = len(y)
+    train,test = [None if o is None else _positions(k, o, n) for k,o in (('train',train),('test',test))]
     if isinstance(valid, (float,np.floating)):
-        pool = np.setdiff1d(np.arange(n), [] if test is None else test) if train is None else np.asarray(train)
+        pool = np.setdiff1d(np.arange(n), [] if test is None else test) if train is None else train
         taken,rest = stratified(y[pool], float(valid), 'valid')
         train,valid = pool[rest],pool[taken]
-    valid,test = np.asarray(valid, dtype=np.int64),None if test is None else np.asarray(test, dtype=np.int64)
-    train = np.setdiff1d(np.arange(n), valid if test is None else np.concatenate([valid,test])) if train is None else np.asarray(train, dtype=np.int64)
+    valid = _positions('valid', valid, n)
+    if train is None: train = np.setdiff1d(np.arange(n), valid if test is None else np.concatenate([valid,test]))
     for name,o in (('train',train),('valid',valid),('test',test)):
         if o is not None and (len(o)==0 or o.min() < 0 or o.max() >= n): raise ValueError(f"{name} must hold positions in [0, {n}), at least one")
-    both = np.intersect1d(train, valid)
-    if len(both): raise ValueError(f"valid holds {len(both)} of the training items, such as {both[0]}: an item is for training or for validation")
+    for name,o in (('valid',valid),('test',test)):
+        both = [] if o is None else np.intersect1d(train, o)
+        if len(both): raise ValueError(f"{name} holds {len(both)} of the training items, such as {both[0]}: an item is in one part only")
     return train,valid,test
 
 def _corrupt(recipe, y, vocab, seed, train, keys, images):
@@ -323,7 +339,7 @@ def digits_dls(
     valid_idx = train_test_split(np.arange(len(d.target)), test_size=valid, stratify=d.target, random_state=0)[1]
     return InMemoryDataLoaders.from_arrays((d.images*15).astype(np.uint8), d.target, [str(i) for i in range(10)], valid_idx, noise, seed, bs, **kwargs)
 
-# %% ../nbs/04_data.ipynb #8c647e47
+# %% ../nbs/04_data.ipynb #a5bc1df6
 def _paper_dls(images, labels, n_train, vocab, noise, seed, bs, valid, subset, augment, normalize, stats, keys=None, **kwargs):
     "`DataLoaders` of a data set whose training items come first"
     recipe,tfms,stats = make_noise(noise),augmentation(augment),stats if normalize else None
@@ -346,7 +362,7 @@ def _from_torchvision(cls, root, download):
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as tmp:
         cls(tmp, train=True, download=True)
-        for p in [p for p in Path(tmp).iterdir() if p.is_dir()]: shutil.move(p, root/p.name)
+        for p in [p for p in Path(tmp).iterdir() if p.is_dir()]: shutil.copytree(p, root/p.name, dirs_exist_ok=True)
     return [cls(root, train=t) for t in (True,False)]
 
 def _not_found(name, looked, wanted, e=None):
@@ -397,7 +413,7 @@ def read_images(
     if len(set(shapes)) > 1: raise ValueError(_unequal_sizes(files, shapes))
     return torch.from_numpy(np.stack(got))
 
-# %% ../nbs/04_data.ipynb #32831676
+# %% ../nbs/04_data.ipynb #e566f51a
 _cifar = dict(cifar10=('CIFAR10','cifar-10-batches-py',10), cifar100=('CIFAR100','cifar-100-python',100))
 
 def _find_cifar(name, path):
@@ -411,13 +427,9 @@ def _find_cifar(name, path):
         looked.append(d)
     return looked,None
 
-def _file_number(f):
-    found = re.search(r'\d+', f.stem)
-    return int(found[0]) if found else -1
-
 def _read_folders(root, n_classes, progress):
     "Images, labels and class names from `train/<class>` and `test/<class>`, training items first, each class in the order of its numbers"
-    files = [[(f.parent.name, _file_number(f), f) for f in get_image_files(root/s)] for s in ('train','test')]
+    files = [[(f.parent.name, ifnone(file_number(f), -1), f) for f in get_image_files(root/s)] for s in ('train','test')]
     names = [sorted({c for c,_,_ in fs}) for fs in files]
     if len(names[0]) != n_classes or names[0] != names[1]:
         missing = sorted(set(cifar10_classes if n_classes==10 else cifar100_classes) - set(names[0]))

@@ -7,9 +7,9 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/noise.html.md"""
 # %% auto #0
 __all__ = ['cifar10_classes', 'cifar100_superclasses', 'cifar100_classes', 'asymmetric_maps', 'class_names', 'recipes',
            'item_uniform', 'check_transition', 'check_labels', 'LabelNoise', 'Symmetric', 'PairFlip', 'Transition',
-           'Asymmetric', 'item_pixels', 'InstanceDependent', 'read_label_file', 'HumanLabels', 'make_noise',
-           'NoiseRecord', 'plot_noise', 'item_key', 'ItemNote', 'NoisyLabel', 'DrawLabels', 'NoisyCategoryBlock',
-           'FlippedLabel']
+           'Asymmetric', 'item_pixels', 'InstanceDependent', 'read_label_file', 'HumanLabels', 'file_number',
+           'make_noise', 'NoiseRecord', 'plot_noise', 'item_key', 'ItemNote', 'NoisyLabel', 'DrawLabels',
+           'NoisyCategoryBlock', 'FlippedLabel']
 
 # %% ../nbs/03_noise.ipynb #a3476cc8
 import hashlib, os, pickle, zipfile, numpy as np, pandas as pd
@@ -330,18 +330,35 @@ def _softmax_but(z, i):
     p = np.exp(z)
     return p/p.sum(1, keepdims=True)
 
-# %% ../nbs/03_noise.ipynb #0486cd15
+# %% ../nbs/03_noise.ipynb #44e2f542
+_int_types = ('i1','i2','i4','i8','u1','u2','u4','u8')
+
+class _IntType:
+    "Stands in for `numpy.dtype`: integers only"
+    def __init__(self, spec, *_):
+        if spec not in _int_types: raise pickle.UnpicklingError(f'it holds an array of type {spec!r}, not of integers')
+        self.dtype = np.dtype(spec)
+    def __setstate__(self, state): self.dtype = self.dtype.newbyteorder(state[1])
+
+class _IntArray:
+    "Stands in for `numpy.ndarray`: reads its bytes as integers, which must be as many as its shape says"
+    def __init__(self, *_): pass
+    def __setstate__(self, state):
+        _,shape,t,_,data = state
+        if not isinstance(t, _IntType) or not isinstance(data, bytes): raise pickle.UnpicklingError('it holds an array that is not of integers')
+        self.array = np.frombuffer(data, t.dtype).reshape(shape).astype(np.int64)
+
 def _encode(text, encoding):
-    if encoding != 'latin1': raise pickle.UnpicklingError(f'encoding {encoding!r}')
+    if encoding != 'latin1': raise pickle.UnpicklingError(f'it asks for the encoding {encoding!r}')
     return text.encode('latin1')
 
 class _ArrayUnpickler(pickle.Unpickler):
-    "An unpickler that knows numpy's arrays and nothing else"
+    "An unpickler that knows the names from which numpy builds an array, and nothing else"
+    known = {('numpy.core.multiarray','_reconstruct'): _IntArray, ('numpy._core.multiarray','_reconstruct'): _IntArray,
+             ('numpy','ndarray'): _IntArray, ('numpy','dtype'): _IntType, ('_codecs','encode'): _encode}
     def find_class(self, module, name):
-        if module in ('numpy.core.multiarray','numpy._core.multiarray') and name == '_reconstruct': return np.zeros(0).__reduce__()[0]
-        if (module,name) in (('numpy','ndarray'),('numpy','dtype')): return getattr(np, name)
-        if (module,name) == ('_codecs','encode'): return _encode
-        raise pickle.UnpicklingError(f'it asks for {module}.{name}')
+        if (module,name) not in self.known: raise pickle.UnpicklingError(f'it asks for {module}.{name}')
+        return self.known[module,name]
 
 def read_label_file(
     file # File of CIFAR-10N or CIFAR-100N, as `torch.save` writes it
@@ -351,12 +368,13 @@ def read_label_file(
     try:
         with zipfile.ZipFile(file) as z: res = _ArrayUnpickler(z.open(next(n for n in z.namelist() if n.endswith('data.pkl')))).load()
     except Exception as e: raise ValueError(f"file={str(file)!r} is not a file of human labels, and nothing in it was run: {e}") from None
-    ok = isinstance(res, dict) and all(isinstance(o, np.ndarray) and o.ndim==1 and o.dtype.kind in 'iu' for o in res.values())
+    if isinstance(res, dict): res = {k: getattr(o, 'array', None) for k,o in res.items()}
+    ok = isinstance(res, dict) and all(isinstance(o, np.ndarray) and o.ndim==1 for o in res.values())
     if not ok or 'clean_label' not in res or len({len(o) for o in res.values()}) != 1:
         raise ValueError(f"file={str(file)!r} must hold a dictionary of label arrays of equal length, clean_label among them")
     return res
 
-# %% ../nbs/03_noise.ipynb #c0a9b3ba
+# %% ../nbs/03_noise.ipynb #a3142150
 _human = dict(aggre='aggre_label', random1='random_label1', random2='random_label2', random3='random_label3', worse='worse_label', noisy='noisy_label')
 
 class HumanLabels(LabelNoise):
@@ -409,31 +427,45 @@ class HumanLabels(LabelNoise):
         if all(isinstance(k, (int,np.integer)) for k in keys): return self._inside(np.array(keys))
         numbers = np.array([_number(k) for k in keys])
         places,per_class = [np.flatnonzero(self.clean==i) for i in range(self.c)],np.bincount(self.clean, minlength=self.c)
-        if (numbers > per_class[y]).any(): return self._inside(numbers - self._whole_start(y, numbers))
+        start = self._whole_start(y, numbers, per_class)
+        if start is not None: return self._inside(numbers-start)
         numbers = numbers - self._class_start(numbers, per_class[y], keys)
-        self._inside(np.minimum(numbers, 0)); self._inside(np.where(numbers < per_class[y], 0, len(self)))
+        if ((numbers < 0) | (numbers >= per_class[y])).any(): raise ValueError(f"{self} does not fit: an item's number lies outside of the {per_class.max()} labels that the file holds of a class")
         return np.array([places[i][n] for i,n in zip(y, numbers)])
 
     def _inside(self, pos):
         if len(pos) and (pos.min() < 0 or pos.max() >= len(self)): raise ValueError(f"{self} does not fit: it holds {len(self)} labels, and an item's number lies outside of them")
         return pos
 
-    def _whole_start(self, y, numbers):
-        if self.start is not None: return self.start
-        return next((s for s in (0,1) if numbers.min() >= s and numbers.max()-s < len(self) and (self.clean[numbers-s]==y).all()), 0)
+    def _whole_start(self, y, numbers, per_class):
+        "First number where numbers run over the whole data set, 0 or 1: no two are alike, and the classes agree; `None` where they run in each class"
+        fits = [s for s in (0,1) if numbers.min() >= s and numbers.max()-s < len(self) and (self.clean[numbers-s]==y).all()] if len(set(numbers)) == len(numbers) else []
+        if (numbers > per_class[y]).any(): return fits[0] if fits else ifnone(self.start, 0)
+        if fits and len(numbers) < 8: raise ValueError(f"{self}: the names of {len(numbers)} items do not tell whether their numbers run over the whole data set or in each class: take more items")
+        return fits[0] if fits else None
 
     def _class_start(self, numbers, n, keys):
-        if self.start is not None: return self.start
         if not any(Path(k).suffix for k in keys): return 0
+        if self.start is not None: return self.start
         zero,last = (numbers==0).any(),(numbers==n).any()
         if zero and last: raise ValueError(f"{self} does not fit: numbers in a class run from 0 to {n.max()}, which is one more than the file holds")
         if zero or last: return int(last)
         raise ValueError(f"start=None: the files' names do not tell whether numbers in a class begin at 0 or at 1: pass HumanLabels(..., start=0) or start=1")
 
+def file_number(
+    name # Name or path of a file
+): # Its number, or `None` where the name does not tell
+    "The number in a file's name: the one that stands by itself, as in `cifar10_0017`, or else the only one, as in `cat17`"
+    stem = Path(str(name)).stem if '.' in str(name) else Path(str(name)).name
+    for pattern in (r'(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])', r'\d+'):
+        found = re.findall(pattern, stem)
+        if len(found) == 1: return int(found[0])
+        if found: return None
+
 def _number(key):
-    found = re.search(r'\d+', Path(str(key)).stem)
-    if not found: raise ValueError(f"item {str(key)!r} holds no number in its name, so its human label cannot be found")
-    return int(found[0])
+    n = file_number(key)
+    if n is None: raise ValueError(f"item {str(key)!r} holds no number in its name, or several, so its human label cannot be found")
+    return n
 
 # %% ../nbs/03_noise.ipynb #7ee0b9f2
 recipes = dict(symmetric=Symmetric, pairflip=PairFlip, asymmetric=Asymmetric, instance=InstanceDependent, human=HumanLabels)
@@ -546,12 +578,13 @@ class ItemNote(Transform):
         self.item = o
         return o
 
-# %% ../nbs/03_noise.ipynb #f5a848f7
+# %% ../nbs/03_noise.ipynb #b3bf1cf5
 class NoisyLabel(DisplayedTransform):
     "Give each training item the label that was drawn for it; other items keep theirs. The record is at `noise`"
     order,split_idx = 3,0
-    def __init__(self, labels:dict, noise:NoiseRecord, note:ItemNote, root:str=''): self.labels,self.noise,self.note,self.root = labels,noise,note,root
-    def encodes(self, o:TensorCategory): return TensorCategory(self.labels.get(item_key(self.note.item, self.root), int(o)))
+    def __init__(self, labels:dict, noise:NoiseRecord, note:ItemNote, root:str='', inputs:bool=False):
+        self.labels,self.noise,self.note,self.root,self.inputs = labels,noise,note,root,inputs
+    def encodes(self, o:TensorCategory): return TensorCategory(self.labels.get(item_key(_identity(self.note.item, self.inputs), self.root), int(o)))
 
 class DrawLabels(DisplayedTransform):
     "At set-up, read the training items' true labels, draw the given ones, and add a `NoisyLabel` of its own to the data set"
@@ -565,13 +598,13 @@ class DrawLabels(DisplayedTransform):
         self.note.item = None
         if not found: return
         true,its = zip(*found)
-        root = _root(its)
-        keys = [item_key(o, root) for o in its]
+        root,inputs = _root(its),_inputs_tell(its)
+        keys = [item_key(_identity(o, inputs), root) for o in its]
         if isinstance(its[0], pd.Series): _check_index(keys)
         if len(set(zip(keys,true))) > len(set(keys)):
             raise ValueError("items that are alike have different labels, so a label cannot belong to one item: use items that differ, such as numbers or paths")
         record = self._record(true, items.vocab, keys, its)
-        items.tfms.add(NoisyLabel(dict(zip(keys, record.noisy.tolist())), record, self.note, root))
+        items.tfms.add(NoisyLabel(dict(zip(keys, record.noisy.tolist())), record, self.note, root, inputs))
 
     def _record(self, true, vocab, keys, its):
         return NoiseRecord(true, self.recipe.corrupt(true, vocab, self.seed, keys, its), vocab, self.recipe, keys)
@@ -591,6 +624,12 @@ class _Rows:
     def __init__(self, df): self.df = df
     def __len__(self): return len(self.df)
     def __getitem__(self, i): return self.df.iloc[i]
+
+def _identity(o, inputs): return o[:-1] if inputs and isinstance(o, (tuple,list)) else o
+def _inputs_tell(items):
+    "Whether pairs, such as (image, label), can be told apart without their last entry, so that the way in which labels are coded makes no difference"
+    if not all(isinstance(o, (tuple,list)) and len(o) > 1 for o in items): return False
+    return len({item_key(o[:-1]) for o in items}) == len(items)
 
 def _check_index(keys):
     if len(set(keys)) < len(keys): raise ValueError("the index of the DataFrame names several rows alike, so a label cannot belong to one item: call `reset_index(drop=True)` first")

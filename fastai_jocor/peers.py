@@ -156,7 +156,7 @@ def all_differ(
         return len(pa)==len(pb) and all(o.shape==p.shape and torch.equal(o.to(p.device),p) for o,p in zip(pa,pb))
     return not any(same(a,b) for a,b in combinations(models,2))
 
-# %% ../nbs/02_peers.ipynb #34c89a0d
+# %% ../nbs/02_peers.ipynb #e38def29
 def make_peers(
     model, # A model; a list of k models; or a factory, called without arguments once a peer
     k:int=None, # Number of peers, at least 1; may be left out for a list
@@ -181,9 +181,16 @@ def make_peers(
 def _copies(model, k, init, splitter, seed):
     "The model itself and k-1 copies with new weights"
     if seed is None and k>1: seed = int(torch.randint(2**31, (1,)))
+    _detach_computed(model)
     copies = [copy.deepcopy(model) for _ in range(k-1)]
     for i,m in enumerate(copies): reset_weights(m, _peer_seed(seed,i), L(splitter(m))[-1] if init=='head' else None)
     return [model] + copies
+
+def _detach_computed(model):
+    "Cut tensors that a module computed from its parameters and keeps (fastai's `WeightDropout`) off their history, which cannot be copied"
+    for m in model.modules():
+        for name,o in vars(m).items():
+            if isinstance(o, Tensor) and not o.is_leaf: setattr(m, name, o.detach())
 
 def _peer_seed(seed, i):
     "A seed far from `seed` itself, which may have made the model that is copied"

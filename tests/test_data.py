@@ -2,7 +2,7 @@ import gc, os, pickle, resource, subprocess, sys, numpy as np, pandas as pd, pyt
 from pathlib import Path
 from PIL import Image
 from hypothesis import given, strategies as st
-from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, FlipItem, GrandparentSplitter, ImageBlock, IndexSplitter, L, Learner, MultiCategoryBlock, Normalize, PILImage, RandomSplitter,
+from fastai.vision.all import (CategoryBlock, ClassificationInterpretation, DataBlock, DataLoaders, FlipItem, GrandparentSplitter, ImageBlock, IndexSplitter, L, Learner, MultiCategoryBlock, Normalize, PILImage, RandomSplitter,
     RegressionBlock, Resize, TfmdDL, TensorImage, accuracy, cifar_stats, first, get_image_files, load_learner, nn, parent_label, warnings)
 from fastai_jocor.data import *
 from fastai_jocor.data import ImageStore, MemoryDL, crop_flip, read_images, stratified
@@ -115,6 +115,25 @@ def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch, f, cls):
     assert str(tmp_path/'new') in str(e.value)
     assert list((tmp_path/'new').iterdir()) == []
 
+def test_a_download_mends_a_folder_that_is_not_whole(tmp_path, monkeypatch, any_md5):
+    import torchvision.datasets as tvd
+    images = np.random.RandomState(0).randint(0, 256, (120,32,32,3), dtype=np.uint8)
+    write_batches(tmp_path, images, np.arange(120)%10)
+    (tmp_path/'cifar-10-batches-py'/'data_batch_3').unlink()
+    with pytest.raises(FileNotFoundError, match='no cifar10 found'): cifar10_dls(tmp_path)
+    monkeypatch.setattr(tvd.CIFAR10, 'download', lambda self: write_batches(self.root, images, np.arange(120)%10))
+    assert len(cifar10_dls(tmp_path, download=True).train_ds) == 100 and len(cifar10_dls(tmp_path).train_ds) == 100
+
+def test_masks_names_and_overlaps():
+    X,y = np.zeros((40,8,8), np.uint8),np.arange(40)%4
+    mask = np.arange(40) >= 30
+    a = InMemoryDataLoaders.from_arrays(X, y, valid=mask, noise='symmetric:0.5', bs=8)
+    b = InMemoryDataLoaders.from_arrays(X, np.array(list('abcd'))[y], valid=range(30,40), train=~mask, noise='symmetric:0.5', bs=8)
+    assert a.valid.pos.tolist() == b.valid.pos.tolist() == list(range(30,40)) and b.train.pos.tolist() == list(range(30))
+    assert b.vocab == ['a','b','c','d'] and (a.noise.noisy == b.noise.noisy).all() and a.noise.flipped.any()
+    with pytest.raises(ValueError, match='test holds 5 of the training items'): InMemoryDataLoaders.from_arrays(X, y, train=range(20), valid=range(20,30), test=range(15,40))
+    with pytest.raises(ValueError, match='mask of 40'): InMemoryDataLoaders.from_arrays(X, y, valid=mask[:9])
+
 def test_a_download_lands_in_place(tmp_path, monkeypatch, any_md5):
     import torchvision.datasets as tvd
     images = np.random.RandomState(0).randint(0, 256, (120,32,32,3), dtype=np.uint8)
@@ -216,6 +235,9 @@ def test_an_ordinary_learner(c10, tmp_path):
     learn = Learner(dls, jocor_cnn(10), metrics=accuracy, path=tmp_path)
     with learn.no_bar(), learn.no_logging():
         learn.fit(1)
+        ClassificationInterpretation.from_learner(learn).plot_top_losses(4)
+        ours = Learner(InMemoryDataLoaders.from_arrays(np.zeros((40,16,16,3), np.uint8), np.arange(40)%10, valid=.5, bs=8), learn.model)
+        ClassificationInterpretation.from_learner(ours).plot_top_losses(4)
         want = learn.predict(dls.valid_ds.items[2])
         preds = learn.get_preds(dl=dls.test_dl(dls.valid_ds.items))[0]
         torch.testing.assert_close(preds, learn.get_preds()[0])
@@ -349,6 +371,23 @@ def test_human_labels_of_batches_and_rows(tmp_path, any_md5, human):
     write_batches(tmp_path, images, np.concatenate([d['clean_label'], np.arange(12)%10]))
     assert cifar10_dls(tmp_path, noise=HumanLabels(file,'worse')).noise.noisy.tolist() == d['worse_label'].tolist()
 
+def test_how_files_are_numbered(human):
+    file,d = human
+    clean,h = d['clean_label'],HumanLabels(file, 'worse')
+    place = pd.Series(clean).groupby(clean).cumcount()
+    name = [cifar10_classes[c] for c in clean]
+    for keys in ([f'{n}/{i:04d}.png' for n,i in zip(name,place)], [f'{n}/{i+1}.png' for n,i in zip(name,place)], [f'{n}/cifar10_{i}.png' for n,i in zip(name,place)], [f'{n}/{n}{i}.png' for n,i in zip(name,place)],
+                 [f'{n}/{i}_{n}.png' for i,n in enumerate(name)], [f'{n}/{i+1}_{n}.png' for i,n in enumerate(name)], list(range(60))):
+        assert (h.corrupt(clean, cifar10_classes, keys=keys) == d['worse_label']).all(), keys[:3]
+    few = [f'{n}/{i}_{n}.png' for i,n in enumerate(name)][:20]
+    assert (h.corrupt(clean[:20], cifar10_classes, keys=few) == d['worse_label'][:20]).all()
+    with pytest.raises(ValueError, match='take more items'): h.corrupt(clean[:2], cifar10_classes, keys=few[:2])
+    with pytest.raises(ValueError, match='no number in its name, or several'): h.corrupt(clean[:1], cifar10_classes, keys=['cat/1_2.png'])
+    one = HumanLabels(file, 'worse', start=1)
+    ranks = [f'{n}/{i}' for n,i in zip(name,place)]
+    assert (one.corrupt(clean, cifar10_classes, keys=ranks) == d['worse_label']).all()
+    with pytest.raises(ValueError, match='lies outside'): one.corrupt(clean, cifar10_classes, keys=[r+'.png' for r in ranks])
+
 def test_a_label_file_that_does_not_fit(c10, human, tmp_path):
     file,d = human
     torch.save({**d, 'clean_label': d['clean_label'][::-1].copy()}, tmp_path/'order.pt')
@@ -360,12 +399,25 @@ def test_a_label_file_that_does_not_fit(c10, human, tmp_path):
     with pytest.raises(ValueError, match='another class|lies outside'): folder_block(HumanLabels(tmp_path/'short.pt', 'worse')).datasets(c10)
     for bad in ({'worse_label': d['worse_label']}, {**d, 'worse_label': d['worse_label'][:3]}, {**d, 'worse_label': d['worse_label'].astype(float)}, [1,2]):
         torch.save(bad, tmp_path/'bad.pt')
-        with pytest.raises(ValueError, match='must hold a dictionary'): HumanLabels(tmp_path/'bad.pt', 'worse')
+        with pytest.raises(ValueError, match='must hold a dictionary|not of integers'): HumanLabels(tmp_path/'bad.pt', 'worse')
 
 class Ask:
     "Pickles as a call of any function"
     def __init__(self, f, *args): self.f,self.args = f,args
     def __reduce__(self): return self.f,self.args
+
+class Object:
+    "Pickles as an array of objects, or of more items than it has bytes for"
+    def __init__(self, kind): self.kind = kind
+    def __reduce__(self):
+        f,args,state = np.arange(4).__reduce__()
+        dt = np.dtype(object) if self.kind == 'object' else np.dtype('i8')
+        return f,args,(1, (10**6,) if self.kind == 'long' else (4,), dt, False, b'x'*32)
+
+@pytest.mark.parametrize('kind', ('object','long'))
+def test_an_array_that_is_none_is_refused(tmp_path, kind, human):
+    torch.save({**human[1], 'worse_label': Object(kind)}, tmp_path/'hostile.pt')
+    with pytest.raises(ValueError, match='is not a file of human labels'): HumanLabels(tmp_path/'hostile.pt', 'aggre')
 
 @pytest.mark.parametrize('f', (os.system, eval, os.mkdir, subprocess.check_output, np.load, np.frombuffer, torch.tensor, getattr, pickle.loads), ids=lambda f: f.__name__)
 def test_a_hostile_label_file_runs_nothing(tmp_path, f, human):

@@ -70,6 +70,17 @@ def test_integer_and_string_labels_flip_alike():
     coded = df.assign(y=df.y.map(dict(cat=0, dog=1, owl=2)))
     assert (frame_block().datasets(df).noise.noisy == frame_block().datasets(coded).noise.noisy).all()
 
+def test_pairs_of_array_and_label_flip_alike_however_labels_are_coded():
+    x = np.random.RandomState(0).rand(90,4)
+    def noisy(labels, xs=x):
+        return DataBlock((TransformBlock, NoisyCategoryBlock('symmetric:0.5', 1)), get_x=lambda o: o[0], get_y=lambda o: o[1], splitter=IndexSplitter(range(80,90))).datasets([list(o) for o in zip(xs, labels)])
+    y = np.arange(90)%3
+    a,b = noisy(y),noisy(np.array(['cat','dog','owl'])[y])
+    assert (a.noise.noisy == b.noise.noisy).all() and a.noise.flipped.any()
+    for o in (a,b): assert [int(t) for t in o.train.tls[1]] == o.noise.noisy.tolist()
+    same = noisy(y, np.repeat(x[:30], 3, axis=0))
+    assert [int(t) for t in same.train.tls[1]] == same.noise.noisy.tolist()
+
 def test_a_row_keeps_its_label_when_rows_are_shuffled():
     df = frame()
     a = frame_block().datasets(df)
