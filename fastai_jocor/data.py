@@ -6,16 +6,16 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/data.html.md"""
 
 # %% auto #0
 __all__ = ['cifar100_stats', 'ImageStore', 'MemoryDL', 'StoredImage', 'StoredLabel', 'MemoryDatasets', 'stratified',
-           'InMemoryDataLoaders', 'crop_flip', 'CropFlip', 'augmentation', 'digits_dls', 'mnist_dls', 'read_images',
-           'cifar10_dls', 'cifar100_dls', 'jocor_mlp', 'jocor_cnn']
+           'InMemoryDataLoaders', 'BytesToFloat', 'NormalizeInPlace', 'crop_flip', 'CropFlip', 'augmentation',
+           'digits_dls', 'mnist_dls', 'read_images', 'cifar10_dls', 'cifar100_dls', 'jocor_mlp', 'jocor_cnn']
 
-# %% ../nbs/04_data.ipynb #cb3adba1
+# %% ../nbs/04_data.ipynb #b615927b
 import tempfile, numpy as np, torch
 import torch.nn.functional as F
 from fastai.vision.all import *
-from .noise import NoiseRecord, check_labels, cifar10_classes, cifar100_classes, file_number, make_noise
+from .noise import NoiseRecord, check_labels, cifar10_classes, cifar100_classes, file_number, make_noise, _rgb, _Some
 
-# %% ../nbs/04_data.ipynb #a1491b6f
+# %% ../nbs/04_data.ipynb #0a3a668f
 def _channels_last(images):
     "Images as (n, H, W, C), uint8, or a `ValueError`"
     images = torch.as_tensor(images)
@@ -51,7 +51,7 @@ class ImageStore:
         "Images (N, C, H, W) and targets at `idxs`, as fastai's typed tensors"
         (_,h,w,c),idxs = self.images.shape,idxs.to(self.images.device)
         x = self.images.view(-1, h*w*c).index_select(0, idxs).view(-1,h,w,c)
-        return self.types[0](x.permute(0,3,1,2)),self.types[1](self.targets.index_select(0, idxs))
+        return x.permute(0,3,1,2).as_subclass(self.types[0]),self.targets.index_select(0, idxs).as_subclass(self.types[1])
 
 # %% ../nbs/04_data.ipynb #8e43ba28
 class MemoryDL(TfmdDL):
@@ -116,7 +116,7 @@ class MemoryDatasets(Datasets):
         return MemoryDatasets(empty, [], self.classes, self.split_idx, self.record, [tl.types for tl in self.tls])
     def subset(self, i): raise NotImplementedError("training and validation set are made apart")
 
-# %% ../nbs/04_data.ipynb #bc8fbaca
+# %% ../nbs/04_data.ipynb #88f75d2b
 class _DecodeDL(TfmdDL):
     "Reads items in order, each as in validation, and does not stop at a bad one"
     def before_iter(self):
@@ -131,7 +131,10 @@ class _DecodeDL(TfmdDL):
         bad,good = [o for o in b if isinstance(o[0], int)],[o for o in b if not isinstance(o[0], int)]
         shapes = [tuple(o[0].shape) for o in good]
         if bad or len(set(shapes)) > 1: return bad,shapes,None,None,None
-        return bad,shapes,[type(o) for o in good[0]],torch.stack([torch.as_tensor(o[0]) for o in good]).as_subclass(Tensor),torch.stack([torch.as_tensor(o[1]) for o in good]).as_subclass(Tensor)
+        targets = [torch.as_tensor(o[1]) for o in good]
+        odd = next((i for i,t in enumerate(targets) if t.shape != targets[0].shape), None)
+        if odd is not None: raise ValueError(f"the target of an item has shape {tuple(targets[odd].shape)}, that of another {tuple(targets[0].shape)}: targets must be of one shape to be held in memory")
+        return bad,shapes,[type(o) if isinstance(o, Tensor) else Tensor for o in good[0]],torch.stack([torch.as_tensor(o[0]) for o in good]).as_subclass(Tensor),torch.stack(targets).as_subclass(Tensor)
 
 def _check_loader(dl):
     ds = dl.dataset
@@ -146,9 +149,9 @@ def _check_loader(dl):
 
 def _name_item(ds, i): return str(ds.items[i] if hasattr(ds, 'items') else i)[:200]
 
-def _bad_items(ds, bad):
-    more = f', and {len(bad)-1} others' if len(bad) > 1 else ''
-    return f"{_name_item(ds, bad[0][0])} cannot be read ({bad[0][1]}){more}"
+def _bad_items(bad):
+    (ds,i,error),more = bad[0],f', and {len(bad)-1} others' if len(bad) > 1 else ''
+    return f"{_name_item(ds, i)} cannot be read ({error}){more}"
 
 def _unequal_sizes(names, shapes):
     "Say which images are not of the commonest size"
@@ -160,6 +163,7 @@ def _unequal_sizes(names, shapes):
 def _decode(loaders, n_workers, progress):
     "Read all items of the loaders into one tensor of images and one of targets"
     images = targets = types = None
+    all_bad = []
     at,n,bar = 0,sum(len(dl.dataset) for dl in loaders),progress_bar(range(sum(len(dl.dataset) for dl in loaders)), leave=False) if progress else None
     if bar is not None: bar.on_iter_begin(); bar.update(0)
     for dl in loaders:
@@ -167,16 +171,17 @@ def _decode(loaders, n_workers, progress):
         reader = _DecodeDL(ds, bs=64, num_workers=n_workers if len(ds) > 256 else 0, after_item=dl.after_item, do_setup=False)
         for b,s,t,x,y in reader:
             bad += b; shapes += s
-            if bad or len(set(shapes)) > 1: continue
+            if bad or all_bad or len(set(shapes)) > 1: continue
             if images is None:
                 types,images,targets = t, _channels_last(x[:1]).new_empty((n,*_channels_last(x[:1]).shape[1:])),y.new_empty((n,*y.shape[1:]))
             if _channels_last(x).shape[1:] != images.shape[1:]: raise ValueError(_unequal_sizes([_name_item(ds,0), 'training'], [tuple(x.shape[1:]), *[tuple(images.permute(0,3,1,2).shape[1:])]*2]))
             images[at:at+len(x)],targets[at:at+len(x)] = _channels_last(x),y
             at += len(x)
             if bar is not None: bar.update(at)
-        if bad: raise ValueError(_bad_items(ds, bad))
-        if len(set(shapes)) > 1: raise ValueError(_unequal_sizes([_name_item(ds,i) for i in range(len(shapes))], shapes))
+        all_bad += [(ds,*o) for o in bad]
+        if not bad and len(set(shapes)) > 1: raise ValueError(_unequal_sizes([_name_item(ds,i) for i in range(len(shapes))], shapes))
     if bar is not None: bar.on_iter_end()
+    if all_bad: raise ValueError(_bad_items(all_bad))
     return images,targets,types
 
 # %% ../nbs/04_data.ipynb #201e3fbc
@@ -194,7 +199,7 @@ def stratified(
     taken,rest = train_test_split(np.arange(n_items), train_size=int(size), stratify=np.asarray(labels), random_state=seed)
     return np.sort(taken),np.sort(rest)
 
-# %% ../nbs/04_data.ipynb #faf95c0f
+# %% ../nbs/04_data.ipynb #ed2c9051
 class InMemoryDataLoaders(DataLoaders):
     "`DataLoaders` of images that are held in memory"
     @classmethod
@@ -212,7 +217,7 @@ class InMemoryDataLoaders(DataLoaders):
         keys=None, # What identifies each of the n items, so that its corrupted label stays with it; `None` for its position
         batch_tfms=None, # fastai transforms of a batch
         normalize=None, # Mean and standard deviation of the channels, of pixels in [0, 1], to normalise batches by
-        drop_last:bool=True, # Leave out the last training batch if it is smaller
+        drop_last:bool=True, # Leave out the last training batch if it is smaller, but not the only one
         path='.', # Where the learner writes
         device=None # Where batches go; `None` for fastai's default
     ):
@@ -226,8 +231,8 @@ class InMemoryDataLoaders(DataLoaders):
         if record is not None: given[train] = torch.as_tensor(record.noisy)
         device = ifnone(device, default_device())
         norm = [] if normalize is None else [_normalize(normalize, store.images.shape, L(batch_tfms))]
-        tfms = dict(after_item=[ToTensor], after_batch=[IntToFloatTensor, *L(batch_tfms), *norm], device=device)
-        first = MemoryDL(MemoryDatasets(store, train, vocab, 0, record), store, train, bs=bs, shuffle=True, drop_last=drop_last, **tfms)
+        tfms = dict(after_item=[ToTensor], after_batch=[BytesToFloat, *L(batch_tfms), *norm], device=device)
+        first = MemoryDL(MemoryDatasets(store, train, vocab, 0, record), store, train, bs=bs, shuffle=True, drop_last=drop_last and len(train) >= bs, **tfms)
         others = [first.new(MemoryDatasets(store, o, vocab, 1), cls=MemoryDL, store=store, pos=o, bs=ifnone(val_bs, 4*bs), shuffle=False, drop_last=False) for o in (valid,test) if o is not None]
         return cls(first, *others, path=path, device=device)
 
@@ -247,10 +252,22 @@ class InMemoryDataLoaders(DataLoaders):
             at += len(dl.dataset)
         return cls(*new, path=dls.path, device=ifnone(dls.device, default_device()))
 
+class BytesToFloat(IntToFloatTensor):
+    "`IntToFloatTensor` that knows categories, too: where a transform does not know a type, the search for a method holds on to the batch until Python collects its cycles"
+    def encodes(self, x:TensorImage): return x.float().div_(self.div)
+    def encodes(self, y:TensorCategory): return y
+
+class NormalizeInPlace(Normalize):
+    "`Normalize` that changes the batch where it lies, which `BytesToFloat` has just made"
+    def encodes(self, x:TensorImage): return x.sub_(self.mean).div_(self.std)
+    def encodes(self, y:TensorCategory): return y
+
 def _normalize(stats, shape, tfms):
-    "`Normalize`; where no transform changes the size, with mean and deviation for each pixel, since torch is slow to broadcast over the channels when they come last"
-    if not all(isinstance(t, CropFlip) for t in tfms): return Normalize.from_stats(*stats)
-    return Normalize(*[tensor(o).float().view(1,1,1,-1).expand(1,*shape[1:]).contiguous().permute(0,3,1,2) for o in stats])
+    "Where no transform changes the size, with mean and deviation for each pixel, since torch is slow to broadcast over the channels when they come last"
+    if len(L(stats)) != 2 or any(len(L(o)) not in (1,shape[3]) for o in stats): raise ValueError(f"normalize={stats!r} must be mean and standard deviation of {shape[3]} channels")
+    stats = [tensor(o).float().view(1,1,1,-1) for o in stats]
+    if all(isinstance(t, CropFlip) for t in tfms): stats = [o.expand(1,*shape[1:]).contiguous() for o in stats]
+    return NormalizeInPlace(*[o.permute(0,3,1,2) for o in stats])
 
 def _coded(labels, vocab):
     "Vocabulary and class indices from indices or names"
@@ -285,15 +302,9 @@ def _splits(y, train, valid, test):
 
 def _corrupt(recipe, y, vocab, seed, train, keys, images):
     keys = train if keys is None else [keys[i] for i in train]
-    return NoiseRecord(y[train], recipe.corrupt(y[train], vocab, seed, keys, _At(images, train)), vocab, recipe, keys)
+    return NoiseRecord(y[train], recipe.corrupt(y[train], vocab, seed, keys, _Some(images, train)), vocab, recipe, keys)
 
-class _At:
-    "Some of the entries of a sequence"
-    def __init__(self, o, idxs): self.o,self.idxs = o,idxs
-    def __len__(self): return len(self.idxs)
-    def __getitem__(self, i): return self.o[int(self.idxs[i])]
-
-# %% ../nbs/04_data.ipynb #6544461c
+# %% ../nbs/04_data.ipynb #407ae80c
 def crop_flip(
     x:Tensor, # Images, shape (N, C, H, W)
     pad:int=4, # Largest shift in pixels, at least 0
@@ -302,11 +313,9 @@ def crop_flip(
     "Shift and mirror each image of a batch by itself"
     (n,c,h,w),at = x.shape,partial(torch.arange, device=x.device)
     (top,left),flip = torch.randint(0, 2*pad+1, (2,n), device=x.device),torch.rand(n, device=x.device) < p
-    x = x.permute(0,2,3,1)
-    both = F.pad(torch.cat([x, x.flip(2)]), (0,0,pad,pad,pad,pad))
-    rows = ((at(n)+n*flip)*(h+2*pad)+top)[:,None]+at(h)
-    starts = (rows*(w+2*pad)+left[:,None]).view(-1)
-    return both.view(-1).unfold(0, w*c, c).index_select(0, starts).view(n,h,w,c).permute(0,3,1,2)
+    rows = ((at(n)*(h+2*pad)+top)[:,None]+at(h))*(w+2*pad) + left[:,None]
+    x = F.pad(x.permute(0,2,3,1), (0,0,pad,pad,pad,pad)).reshape(-1).unfold(0, w*c, c).index_select(0, rows.view(-1)).view(n,h,w,c)
+    return torch.cat([x, x.flip(2)]).index_select(0, at(n)+n*flip).permute(0,3,1,2)
 
 class CropFlip(RandTransform):
     "`crop_flip` as a batch transform, in training only; works in the `batch_tfms` of any image `DataBlock`"
@@ -314,6 +323,7 @@ class CropFlip(RandTransform):
     def __init__(self, pad:int=4, p_flip:float=0.5):
         super().__init__()
         self.pad,self.p_flip = pad,p_flip
+    def encodes(self, y:TensorCategory): return y
     def encodes(self, x:TensorImage): return retain_type(crop_flip(x.as_subclass(Tensor), self.pad, self.p_flip), x)
 
 def augmentation(
@@ -339,7 +349,7 @@ def digits_dls(
     valid_idx = train_test_split(np.arange(len(d.target)), test_size=valid, stratify=d.target, random_state=0)[1]
     return InMemoryDataLoaders.from_arrays((d.images*15).astype(np.uint8), d.target, [str(i) for i in range(10)], valid_idx, noise, seed, bs, **kwargs)
 
-# %% ../nbs/04_data.ipynb #a5bc1df6
+# %% ../nbs/04_data.ipynb #e2fbd6b4
 def _paper_dls(images, labels, n_train, vocab, noise, seed, bs, valid, subset, augment, normalize, stats, keys=None, **kwargs):
     "`DataLoaders` of a data set whose training items come first"
     recipe,tfms,stats = make_noise(noise),augmentation(augment),stats if normalize else None
@@ -352,6 +362,7 @@ def _paper_dls(images, labels, n_train, vocab, noise, seed, bs, valid, subset, a
     if valid != 'test' and not isinstance(valid, (float,np.floating)): raise ValueError(f"valid={valid!r} must be 'test', or the share of the training items to hold out, in (0, 1)")
     split = dict(valid=test) if valid == 'test' else dict(valid=valid, test=test)
     if recipe is not None and recipe.exact is False and keys is None: keys = np.arange(len(labels))
+    tfms += list(L(kwargs.pop('batch_tfms', None)))
     return InMemoryDataLoaders.from_arrays(images, labels, vocab, noise=recipe, seed=seed, bs=bs, train=train, keys=keys, **merge(split, dict(batch_tfms=tfms, normalize=stats), kwargs))
 
 def _from_torchvision(cls, root, download):
@@ -389,12 +400,12 @@ def mnist_dls(
     images,labels = torch.cat([train.data, test.data]),torch.cat([train.targets, test.targets])
     return _paper_dls(images, labels, len(train.data), [str(i) for i in range(10)], noise, seed, bs, valid, subset, augment, normalize, mnist_stats, **kwargs)
 
-# %% ../nbs/04_data.ipynb #15b0dac2
+# %% ../nbs/04_data.ipynb #bf8a9e88
 def _read_chunk(files):
     "Images of some files as arrays (H, W, C); a file that is no image gives the error"
     def read(f):
         try:
-            with Image.open(f) as im: return np.asarray(im.convert('RGB'))
+            with Image.open(f) as im: return np.asarray(im if im.mode=='RGB' else _rgb(im))
         except Exception as e: return f'{type(e).__name__}: {e}'
     return [read(f) for f in files]
 
@@ -413,7 +424,7 @@ def read_images(
     if len(set(shapes)) > 1: raise ValueError(_unequal_sizes(files, shapes))
     return torch.from_numpy(np.stack(got))
 
-# %% ../nbs/04_data.ipynb #e566f51a
+# %% ../nbs/04_data.ipynb #2cff4e44
 _cifar = dict(cifar10=('CIFAR10','cifar-10-batches-py',10), cifar100=('CIFAR100','cifar-100-python',100))
 
 def _find_cifar(name, path):
@@ -423,7 +434,7 @@ def _find_cifar(name, path):
         for root in (d, d.parent):
             if (root/_cifar[name][1]).is_dir() and (root is d or d.name == _cifar[name][1]): return root,'batches'
         if path is not None or d.name == name:
-            if (d/'train').is_dir() and (d/'test').is_dir(): return d,'folders'
+            if all((d/o).is_dir() and any(p.is_dir() for p in (d/o).iterdir()) for o in ('train','test')): return d,'folders'
         looked.append(d)
     return looked,None
 
@@ -436,7 +447,9 @@ def _read_folders(root, n_classes, progress):
         raise ValueError(f"path={str(root)!r} must hold a folder of images for each of {n_classes} classes, under train and under test; train has {len(names[0])}, test has {len(names[1])}; "
                          f"missing in train: {', '.join(missing[:10]) or 'none'}; only in one of them: {', '.join(sorted(set(names[0])^set(names[1]))[:10]) or 'none'}")
     items = [o for fs in files for o in sorted(fs)]
-    return read_images([f for _,_,f in items], progress=progress),np.array([names[0].index(c) for c,_,_ in items]),len(files[0]),names[0]
+    numbered = len({o[:2] for o in files[0]}) == len(files[0]) and all(n >= 0 for _,n,_ in files[0])
+    names_of = None if numbered else [f'{c}/{f.name}' for c,_,f in items]
+    return read_images([f for _,_,f in items], progress=progress),np.array([names[0].index(c) for c,_,_ in items]),len(files[0]),names[0],names_of
 
 def _read_cifar(name, path, download, progress):
     import torchvision.datasets as tvd
@@ -446,14 +459,14 @@ def _read_cifar(name, path, download, progress):
     try: train,test = _from_torchvision(cls, root, fetch)
     except (RuntimeError, OSError) as e:
         raise _not_found(name, found[0] if found[1] is None else [root], f"train/<class>/ and test/<class>/ with images, or torchvision's {_cifar[name][1]}", e if fetch else None) from None
-    return torch.from_numpy(np.concatenate([train.data, test.data])),np.array(train.targets+test.targets),len(train.targets),train.classes
+    return torch.from_numpy(np.concatenate([train.data, test.data])),np.array(train.targets+test.targets),len(train.targets),train.classes,None
 
 def _cifar_dls(name, path, noise, seed, bs, valid, subset, augment, normalize, stats, download, progress, **kwargs):
     recipe = make_noise(noise)
     augmentation(augment)
-    images,labels,n_train,vocab = _read_cifar(name, path, download, progress)
+    images,labels,n_train,vocab,keys = _read_cifar(name, path, download, progress)
     place = pd.Series(labels[:n_train]).groupby(labels[:n_train]).cumcount()
-    keys = [f'{vocab[c]}/{i}' for c,i in zip(labels[:n_train], place)] + list(range(n_train, len(labels)))
+    if keys is None: keys = [f'{vocab[c]}/{i}' for c,i in zip(labels[:n_train], place)] + list(range(n_train, len(labels)))
     return _paper_dls(images, labels, n_train, vocab, recipe, seed, bs, valid, subset, augment, normalize, stats, keys=keys, **kwargs)
 
 # %% ../nbs/04_data.ipynb #58cc85a0

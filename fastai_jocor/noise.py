@@ -8,7 +8,7 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/noise.html.md"""
 __all__ = ['cifar10_classes', 'cifar100_superclasses', 'cifar100_classes', 'asymmetric_maps', 'class_names', 'recipes',
            'item_uniform', 'check_transition', 'check_labels', 'LabelNoise', 'Symmetric', 'PairFlip', 'Transition',
            'Asymmetric', 'item_pixels', 'InstanceDependent', 'read_label_file', 'HumanLabels', 'file_number',
-           'make_noise', 'NoiseRecord', 'plot_noise', 'item_key', 'ItemNote', 'NoisyLabel', 'DrawLabels',
+           'make_noise', 'NoiseRecord', 'plot_noise', 'item_key', 'index_key', 'ItemNote', 'NoisyLabel', 'DrawLabels',
            'NoisyCategoryBlock', 'FlippedLabel']
 
 # %% ../nbs/03_noise.ipynb #a3476cc8
@@ -220,7 +220,7 @@ class_names = dict(cifar10=cifar10_classes, cifar100=cifar100_classes, cifar100_
 
 def _names(classes): return None if isinstance(classes, (int,np.integer)) else [str(o) for o in classes]
 
-# %% ../nbs/03_noise.ipynb #bdec6e6e
+# %% ../nbs/03_noise.ipynb #6c232f0a
 class Asymmetric(LabelNoise):
     "From each class of `map` to another, with the probability `rate`; the other classes stay clean"
     def __init__(self,
@@ -250,13 +250,13 @@ class _ClassNumbers:
     "Find the number of a class by its name or number; `own` names the classes of the map's data set where the vocabulary is without names"
     def __init__(self, names, c, own=None): self.names,self.c,self.own = names,c,own
     def __call__(self, o):
-        if isinstance(o, (int,np.integer)) and not isinstance(o, bool) and 0 <= o < self.c: return int(o)
         if self.names is not None and str(o) in self.names: return self.names.index(str(o))
+        if isinstance(o, (int,np.integer)) and not isinstance(o, bool) and 0 <= o < self.c: return int(o)
         if self.own is not None and self.c == len(self.own): return self.own.index(o)
         names = '' if self.names is None else ': '+', '.join(self.names[:20])
         raise ValueError(f"map names class {o!r}, which is not among the {self.c} classes{names}")
 
-# %% ../nbs/03_noise.ipynb #46a02743
+# %% ../nbs/03_noise.ipynb #97766993
 def _seed(seed, *names): return _hash64('/'.join(map(str, (int(seed),*names))))
 
 def item_pixels(
@@ -269,26 +269,30 @@ def item_pixels(
             with Image.open(o) as im: o = im.copy()
         except (OSError, SyntaxError) as e: raise ValueError(f"{str(o)} cannot be read as an image: {e}") from None
     if isinstance(o, Image.Image):
-        o = o if o.mode in ('L','RGB') else o.convert('RGB')
+        o = o if o.mode in ('L','RGB') else _rgb(o)
         o = np.asarray(o if size is None else o.resize((size,size)))
     if isinstance(o, Tensor): o = o.detach().cpu().numpy()
     a = np.asarray(o)
     if a.dtype.kind not in 'uifb': raise ValueError(f"an item of type {type(o).__name__} holds no numbers: pass get_x, a function from an item to its image or numbers")
     return a.ravel()/255. if a.dtype == np.uint8 else a.ravel().astype(np.float64)
 
+def _rgb(im):
+    if im.mode.startswith(('I','F')): raise ValueError(f"an image of mode {im.mode} holds more than 8 bits a pixel: convert it to 8 bits first")
+    return im.convert('RGB')
+
 class InstanceDependent(LabelNoise):
     "By the item itself: a flip rate of its own, and a wrong label that a random projection of its pixels prefers (Xia et al. 2020)"
     def __init__(self,
         rate:float, # Mean flip rate before the truncation to [0, 1], in (0, 1]
         std:float=0.1, # Standard deviation of the items' flip rates, greater than 0
-        exact:bool=False, # Flip exactly `rate` of the items
         size:int=None, # Side to which images are shrunk before they are projected, in pixels; `None`: they are of one size
+        exact:bool=False, # Flip exactly `rate` of the items
         get_x=None # Function from an item to its image or numbers; `None`: the item is a file, an image, an array or a tensor
     ):
         self.rate = check_number('rate', rate, lambda v: 0 < v <= 1, 'lie in (0, 1]: the mean flip rate')
         self.std = check_number('std', std, lambda v: v > 0, 'be greater than 0: the deviation of the flip rates')
         self.exact,self.size,self.get_x = exact,size,get_x
-    def _args(self): return [self.rate] + ([self.std] if self.std != 0.1 else [])
+    def _args(self): return [self.rate] + ([self.std] if self.std != 0.1 or self.size else []) + ([self.size] if self.size else [])
     def transition(self, classes): raise ValueError(f"{self} has no matrix for all items: the realised one is in the record of the corruption")
 
     def noise_rate(self, labels, classes): return self.rate if self.exact else float(self._rates().mean()) if len(labels) else 0.
@@ -330,7 +334,7 @@ def _softmax_but(z, i):
     p = np.exp(z)
     return p/p.sum(1, keepdims=True)
 
-# %% ../nbs/03_noise.ipynb #44e2f542
+# %% ../nbs/03_noise.ipynb #74e6f2ab
 _int_types = ('i1','i2','i4','i8','u1','u2','u4','u8')
 
 class _IntType:
@@ -348,14 +352,18 @@ class _IntArray:
         if not isinstance(t, _IntType) or not isinstance(data, bytes): raise pickle.UnpicklingError('it holds an array that is not of integers')
         self.array = np.frombuffer(data, t.dtype).reshape(shape).astype(np.int64)
 
-def _encode(text, encoding):
-    if encoding != 'latin1': raise pickle.UnpicklingError(f'it asks for the encoding {encoding!r}')
-    return text.encode('latin1')
+class _Latin1:
+    "Stands in for `_codecs.encode`, with which older pickles write bytes"
+    __slots__ = ()
+    def __call__(self, text, encoding):
+        if encoding != 'latin1': raise pickle.UnpicklingError(f'it asks for the encoding {encoding!r}')
+        return text.encode('latin1')
+    def __setstate__(self, state): raise pickle.UnpicklingError('it asks to change a function')
 
 class _ArrayUnpickler(pickle.Unpickler):
     "An unpickler that knows the names from which numpy builds an array, and nothing else"
     known = {('numpy.core.multiarray','_reconstruct'): _IntArray, ('numpy._core.multiarray','_reconstruct'): _IntArray,
-             ('numpy','ndarray'): _IntArray, ('numpy','dtype'): _IntType, ('_codecs','encode'): _encode}
+             ('numpy','ndarray'): _IntArray, ('numpy','dtype'): _IntType, ('_codecs','encode'): _Latin1()}
     def find_class(self, module, name):
         if (module,name) not in self.known: raise pickle.UnpicklingError(f'it asks for {module}.{name}')
         return self.known[module,name]
@@ -374,7 +382,7 @@ def read_label_file(
         raise ValueError(f"file={str(file)!r} must hold a dictionary of label arrays of equal length, clean_label among them")
     return res
 
-# %% ../nbs/03_noise.ipynb #a3142150
+# %% ../nbs/03_noise.ipynb #ba79fda3
 _human = dict(aggre='aggre_label', random1='random_label1', random2='random_label2', random3='random_label3', worse='worse_label', noisy='noisy_label')
 
 class HumanLabels(LabelNoise):
@@ -416,14 +424,15 @@ class HumanLabels(LabelNoise):
 
     def _draw(self, y, classes, seed, keys, items):
         order = self._order(classes)
+        keys = list(keys)
         pos = self._positions(order[y], keys)
         wrong = (self.clean[pos] != order[y]).sum()
+        if len(set(pos.tolist())) < len(set(keys)): raise ValueError(f"{self} does not fit: several items have the same number, so their labels cannot be told apart")
         if wrong: raise ValueError(f"{self} does not fit: {wrong} of {len(y)} items have another class in the file; is it the label file of another data set, or are the items in another order?")
         return order.argsort()[self.noisy[pos]]
 
     def _positions(self, y, keys):
         "The place of each item in the file"
-        keys = list(keys)
         if all(isinstance(k, (int,np.integer)) for k in keys): return self._inside(np.array(keys))
         numbers = np.array([_number(k) for k in keys])
         places,per_class = [np.flatnonzero(self.clean==i) for i in range(self.c)],np.bincount(self.clean, minlength=self.c)
@@ -548,7 +557,7 @@ def plot_noise(
     ax.set(xlabel='given label', ylabel='true label', title=f'{rec.recipe or "labels"}: {rec.rate:.1%} of {len(rec)} labels are wrong')
     return ax
 
-# %% ../nbs/03_noise.ipynb #37902703
+# %% ../nbs/03_noise.ipynb #d5f435ac
 def item_key(
     o, # An item of a data set: number, path, string, row of a `DataFrame`, array, tensor, or a tuple, list or dictionary of these
     root:str='' # Folder to which paths are taken relative, so that a data set can move
@@ -557,8 +566,10 @@ def item_key(
     if isinstance(o, (int,np.integer)): return int(o)
     if isinstance(o, os.PathLike): return Path(os.path.relpath(o, root) if root else o).as_posix()
     if isinstance(o, str): return o
-    if isinstance(o, pd.Series): return item_key(o.name)
+    if isinstance(o, pd.Series): return index_key(o.name)
     return hashlib.blake2b(_bytes(o, root), digest_size=16).hexdigest()
+
+def index_key(o): return int(o) if isinstance(o, (int,np.integer)) else str(o)
 
 def _bytes(o, root):
     "What an item consists of, as bytes"
@@ -575,10 +586,11 @@ class ItemNote(Transform):
     order = -1000
     def __init__(self): self.item = None
     def __call__(self, o, split_idx=None):
-        self.item = o
+        if not isinstance(o, Tabular): self.item = o
         return o
+    def __getstate__(self): return dict(item=None)
 
-# %% ../nbs/03_noise.ipynb #b3bf1cf5
+# %% ../nbs/03_noise.ipynb #865fbf1a
 class NoisyLabel(DisplayedTransform):
     "Give each training item the label that was drawn for it; other items keep theirs. The record is at `noise`"
     order,split_idx = 3,0
@@ -607,17 +619,28 @@ class DrawLabels(DisplayedTransform):
         items.tfms.add(NoisyLabel(dict(zip(keys, record.noisy.tolist())), record, self.note, root, inputs))
 
     def _record(self, true, vocab, keys, its):
-        return NoiseRecord(true, self.recipe.corrupt(true, vocab, self.seed, keys, its), vocab, self.recipe, keys)
+        "Corrupt the labels; a missing one (`#na#`) is no class and stays what it is"
+        true,na = np.asarray(true),int(vocab[0] == '#na#')
+        known = np.flatnonzero(true >= na)
+        noisy = true.copy()
+        noisy[known] = na + self.recipe.corrupt(true[known]-na, vocab[na:], self.seed, [keys[i] for i in known], _Some(its, known))
+        return NoiseRecord(true, noisy, vocab, self.recipe, keys)
 
     def _setup_table(self, to):
         "Tables are processed at once, so their labels are exchanged at once"
         if len(to.y_names) != 1: raise ValueError(f"y_names={list(to.y_names)} must name one column of labels to corrupt")
         name,n = to.y_names[0],to.split
-        given,keys = to.items[name].to_numpy(dtype=np.int64),[item_key(o) for o in to.items.index[:n]]
+        given,keys = to.items[name].to_numpy(dtype=np.int64),[index_key(o) for o in to.items.index[:n]]
         _check_index(keys)
         record = self._record(given[:n], to.procs.vocab, keys, _Rows(to.items[list(to.x_names)].iloc[:n]))
         to.items[name] = np.concatenate([record.noisy, given[n:]])
         to.procs.add(NoisyLabel({}, record, self.note))
+
+class _Some:
+    "Some of the entries of a sequence"
+    def __init__(self, o, idxs): self.o,self.idxs = o,idxs
+    def __len__(self): return len(self.idxs)
+    def __getitem__(self, i): return self.o[int(self.idxs[i])]
 
 class _Rows:
     "The rows of a `DataFrame` by position"
@@ -636,7 +659,8 @@ def _check_index(keys):
 
 def _root(items):
     "The folder that holds all items, where they are files"
-    paths = [str(Path(o).parent) for o in items if isinstance(o, os.PathLike)]
+    first = [o[0] if isinstance(o, (tuple,list)) and len(o) else o for o in items]
+    paths = [str(Path(o).parent) for o in first if isinstance(o, os.PathLike)]
     return os.path.commonpath(paths) if paths else ''
 
 # %% ../nbs/03_noise.ipynb #99279e1e
@@ -653,7 +677,7 @@ def NoisyCategoryBlock(
     note = ItemNote()
     return TransformBlock(type_tfms=[note, Categorize(vocab=vocab, sort=sort, add_na=add_na), DrawLabels(noise, seed, note)])
 
-# %% ../nbs/03_noise.ipynb #9236493e
+# %% ../nbs/03_noise.ipynb #f7ece8c7
 class FlippedLabel(Category):
     "A given label that is wrong, shown with the true one"
     def show(self, ctx=None, **kwargs): return show_title(str(self), ctx=ctx, **merge(self._show_args, kwargs, dict(color='tab:red')))
@@ -665,6 +689,22 @@ def _mark_flipped(dl, y, its):
     if len(rec) != len(dl.dataset) or [int(rec.noisy[i]) for i in idxs] != given: return its
     label = lambda o,i: FlippedLabel(f'{o} (true: {rec.vocab[rec.true[i]]})') if rec.flipped[i] else o
     return L((*s[:dl.n_inp], label(s[dl.n_inp],i), *s[dl.n_inp+1:]) for s,i in zip(its,idxs))
+
+def _is_corrupted(ds):
+    "Whether a data set is a training set whose labels this library corrupted"
+    rec = getattr(ds, 'noise', None)
+    if not isinstance(rec, NoiseRecord) or len(rec) != len(ds): return False
+    return np.array_equal(ds.y.values, rec.noisy) if isinstance(ds, Tabular) else getattr(ds, 'split_idx', None) == 0
+
+def _show_table(dl, to, max_n):
+    "Show decoded rows of a table, the flipped labels in red"
+    import html
+    from IPython.display import HTML, display
+    df,rec,y = to.new(to.all_cols[:max_n]).decode().items,dl.noise,dl.dataset.y_names[0]
+    df = df.map(lambda o: html.escape(str(o)))
+    idxs = list(itertools.islice(vars(dl).get('_DataLoader__idxs', []), len(df)))
+    df[y] = [f'<span style="color:red">{o} (true: {html.escape(str(rec.vocab[rec.true[i]]))})</span>' if rec.flipped[i] else o for o,i in zip(df[y],idxs)]
+    display(HTML(df.to_html(escape=False)))
 
 if not hasattr(TfmdDL, '_show_batch_without_noise'): TfmdDL._show_batch_without_noise = TfmdDL.show_batch
 
@@ -679,8 +719,9 @@ def show_batch(self:TfmdDL,
 ):
     "As fastai's; labels that this library flipped are shown with the true ones, in red"
     plain = partial(self._show_batch_without_noise, max_n=max_n, ctxs=ctxs, show=show, unique=unique, **kwargs)
-    if b is not None or unique or not show or getattr(self.dataset, 'split_idx', None) != 0 or not isinstance(getattr(self, 'noise', None), NoiseRecord): return plain(b)
+    if b is not None or unique or not show or not _is_corrupted(self.dataset): return plain(b)
     b = self.one_batch()
+    if isinstance(self.dataset, Tabular): return _show_table(self, self.decode(b), max_n)
     x,y,its = self._pre_show_batch(b, max_n=max_n)
     if its is None or not isinstance(y, TensorCategory): return plain(b)
     show_batch(x, y, _mark_flipped(self, y, its), ctxs=ctxs, max_n=max_n, **kwargs)

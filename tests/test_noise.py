@@ -243,6 +243,31 @@ def test_tabular(tmp_path):
         loaded = load_learner(tmp_path/'export.pkl')
     assert (loaded.dls.noise.noisy == dls.noise.noisy).all() and loaded.dls.test_dl(df[:50]).dataset.y.tolist() == truth[:50].tolist()
 
+def test_a_table_is_not_exported_and_its_flips_are_shown(tmp_path, capsys, monkeypatch):
+    import pickle, cloudpickle, IPython.display as ipd
+    df = frame().assign(a=list('pqrs')*60)
+    dls = table(df, Symmetric(1.)).dataloaders(bs=20)
+    again = pickle.loads(cloudpickle.dumps(dls.train.dataset.procs))
+    note = next(t for t in again.fs if isinstance(t, ItemNote))
+    assert note.item is None
+    shown = []
+    monkeypatch.setattr(ipd, 'display', lambda o: shown.append(o.data))
+    dls.show_batch(max_n=5)
+    assert shown[0].count('color:red') == 5 and '(true: ' in shown[0]
+    dls.valid.show_batch(max_n=5)
+    assert 'color:red' not in shown[-1]
+
+def test_integer_names_missing_labels_and_moved_pairs(tmp_path):
+    ints = DataBlock((TransformBlock, NoisyCategoryBlock(Asymmetric(1., {1:2}))), get_y=lambda i: i%3+1, splitter=IndexSplitter([0])).datasets(range(60)).noise
+    assert all(str(n) == {'1':'2','2':'2','3':'3'}[str(t)] for t,n in zip(ints.table.true, ints.table.noisy))
+    na = DataBlock((TransformBlock, NoisyCategoryBlock('symmetric:0.5', 0, add_na=True)), get_y=lambda i: 'abc'[i%3], splitter=IndexSplitter([0])).datasets(range(300)).noise
+    assert list(na.vocab) == ['#na#','a','b','c'] and (na.noisy > 0).all() and .35 < na.rate < .65
+    def noisy(root): return DataBlock((TransformBlock, NoisyCategoryBlock('symmetric:0.5')), get_x=lambda o: o[0], get_y=lambda o: o[1], splitter=IndexSplitter([0])).datasets([[root/f'{i}.png', 'abc'[i%3]] for i in range(60)]).noise.noisy
+    assert (noisy(tmp_path/'a') == noisy(tmp_path/'b'/'c')).all()
+    dates = frame()[:60].set_index(pd.date_range('2020-01-01', periods=60))
+    assert DataBlock((TransformBlock, NoisyCategoryBlock('symmetric:0.5')), get_x=ColReader('x'), get_y=ColReader('y'), splitter=IndexSplitter([0])).datasets(dates).noise.flipped.any()
+    assert InstanceDependent(.2, size=8) != InstanceDependent(.2)
+
 def test_text(tmp_path):
     from fastai.text.all import TextBlock
     df = pd.DataFrame(dict(text=[f'{w} number {i} is here' for i in range(30) for w in ('alpha','beta')], label=['a','b']*30))
