@@ -540,7 +540,7 @@ class NoiseRecord:
         names = np.array(_names(self.vocab) or range(self.vocab))
         return pd.DataFrame(dict(item=range(len(self)) if self.keys is None else list(self.keys), true=names[self.true], noisy=names[self.noisy], flipped=self.flipped))
 
-# %% ../nbs/03_noise.ipynb #0d157d30
+# %% ../nbs/03_noise.ipynb #60dc8fab
 def plot_noise(
     dls, # `DataLoaders` with corrupted labels, or a `NoiseRecord`
     ax=None, # Axis to plot on; `None` makes one
@@ -551,9 +551,9 @@ def plot_noise(
     rec = dls if isinstance(dls, NoiseRecord) else getattr(dls, 'noise', None)
     if not isinstance(rec, NoiseRecord): raise ValueError(f"dls holds no record of corrupted labels: pass DataLoaders made with noise=..., or with a NoisyCategoryBlock")
     names,c = _names(rec.vocab) or list(range(rec.vocab)),_n_classes(rec.vocab)
-    if ax is None: ax = plt.subplots(figsize=(max(4,.55*c**.85),)*2, layout='constrained')[1]
+    if ax is None: ax = plt.subplots(figsize=(max(4,1.5+.45*min(c,30)),)*2, layout='constrained')[1]
     ConfusionMatrixDisplay(np.nan_to_num(rec.matrix), display_labels=names).plot(
-        ax=ax, cmap='Blues', include_values=c<=30 if numbers is None else numbers, values_format='.2f', xticks_rotation='vertical' if max(map(len, map(str,names)))>2 else 'horizontal', colorbar=False)
+        ax=ax, cmap='Blues', include_values=c<=30 if numbers is None else numbers, values_format='.2f', text_kw=dict(size=8), xticks_rotation='vertical' if max(map(len, map(str,names)))>2 else 'horizontal', colorbar=False)
     ax.set(xlabel='given label', ylabel='true label', title=f'{rec.recipe or "labels"}: {rec.rate:.1%} of {len(rec)} labels are wrong')
     return ax
 
@@ -677,7 +677,7 @@ def NoisyCategoryBlock(
     note = ItemNote()
     return TransformBlock(type_tfms=[note, Categorize(vocab=vocab, sort=sort, add_na=add_na), DrawLabels(noise, seed, note)])
 
-# %% ../nbs/03_noise.ipynb #f7ece8c7
+# %% ../nbs/03_noise.ipynb #efc405f8
 class FlippedLabel(Category):
     "A given label that is wrong, shown with the true one"
     def show(self, ctx=None, **kwargs): return show_title(str(self), ctx=ctx, **merge(self._show_args, kwargs, dict(color='tab:red')))
@@ -687,7 +687,7 @@ def _mark_flipped(dl, y, its):
     rec,idxs = dl.noise,list(itertools.islice(vars(dl).get('_DataLoader__idxs', []), len(its)))
     given = [int(o) for o in y[:len(its)]]
     if len(rec) != len(dl.dataset) or [int(rec.noisy[i]) for i in idxs] != given: return its
-    label = lambda o,i: FlippedLabel(f'{o} (true: {rec.vocab[rec.true[i]]})') if rec.flipped[i] else o
+    label = lambda o,i: FlippedLabel(f'{o}\n(true: {rec.vocab[rec.true[i]]})') if rec.flipped[i] else o
     return L((*s[:dl.n_inp], label(s[dl.n_inp],i), *s[dl.n_inp+1:]) for s,i in zip(its,idxs))
 
 def _is_corrupted(ds):

@@ -295,7 +295,7 @@ def test_show_batch_marks_the_flipped(tmp_path, seed):
     shown = titles()
     idxs = dls.train._DataLoader__idxs[:8]
     v,rec = dls.vocab,dls.noise
-    assert shown == [(f'{v[rec.noisy[i]]} (true: {v[rec.true[i]]})','tab:red') if rec.flipped[i] else (v[rec.noisy[i]],'black') for i in idxs]
+    assert shown == [(f'{v[rec.noisy[i]]}\n(true: {v[rec.true[i]]})','tab:red') if rec.flipped[i] else (v[rec.noisy[i]],'black') for i in idxs]
     assert any('true' in t for t,_ in shown) and not all('true' in t for t,_ in shown)
     for show in (lambda: dls.valid.show_batch(max_n=4), lambda: dls.show_batch(dls.one_batch(), max_n=4)):
         plt.close('all'); show()
