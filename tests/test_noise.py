@@ -250,6 +250,8 @@ def test_a_table_is_not_exported_and_its_flips_are_shown(tmp_path, capsys, monke
     again = pickle.loads(cloudpickle.dumps(dls.train.dataset.procs))
     note = next(t for t in again.fs if isinstance(t, ItemNote))
     assert note.item is None
+    note('an item')
+    assert note.item == 'an item' and pickle.loads(pickle.dumps(note)).item is None
     shown = []
     monkeypatch.setattr(ipd, 'display', lambda o: shown.append(o.data))
     dls.show_batch(max_n=5)
