@@ -133,7 +133,7 @@ class RunConfig:
         "A short name for a table"
         return 'standard' if self.method=='standard' else f'{self.method} k={self.k}' + ('' if self.contrast=='kl' else f' {self.contrast}')
 
-# %% ../nbs/07_bench.ipynb #16392af4
+# %% ../nbs/07_bench.ipynb #0579359b
 def run_learner(
     cfg:RunConfig,
     path=None # Folder of the data set; `None` for its default
@@ -144,7 +144,8 @@ def run_learner(
     if cfg.dataset == 'digits': dls = digits_dls(noise, cfg.seed, cfg.bs)
     else:
         subset = int(cfg.subset) if cfg.subset is not None and cfg.subset >= 1 else cfg.subset
-        dls = dict(mnist=mnist_dls, cifar10=cifar10_dls, cifar100=cifar100_dls)[cfg.dataset](path, noise, cfg.seed, cfg.bs, subset=subset, augment=cfg.augment)
+        make = dict(mnist=mnist_dls, cifar10=partial(cifar10_dls, progress=sys.stdout.isatty()), cifar100=partial(cifar100_dls, progress=sys.stdout.isatty()))[cfg.dataset]
+        dls = make(path, noise, cfg.seed, cfg.bs, subset=subset, augment=cfg.augment)
     model = jocor_cnn(dls.c) if cfg.dataset.startswith('cifar') else jocor_mlp(dls.c, 64 if cfg.dataset=='digits' else 784)
     return Learner(dls, model, opt_func=fast_adam, lr=cfg.lr, metrics=accuracy)
 

@@ -92,3 +92,13 @@ def test_summary_keeps_last_epochs_and_best_epoch_apart():
     h = pd.DataFrame(dict(accuracy=[.5,.9]+[.7]*10, peer_accuracy=[.4]*12))
     s = summarise(h)
     assert (s['ensemble_accuracy'], s['best_accuracy'], s['best_epoch'], s['peer_accuracy']) == (pytest.approx(.7), .9, 1, pytest.approx(.4))
+
+def test_cifar_by_name(tmp_path):
+    from test_data import make_cifar
+    from fastai_jocor.noise import cifar10_classes
+    make_cifar(tmp_path/'cifar10', cifar10_classes, 6, 6)
+    p = script('jocor_train', '--dataset', 'cifar10', '--path', tmp_path, '--noise', 'instance:0.3', '--subset', 40, '--augment', 'crop_flip', '--epochs', 2, '--bs', 20, '--out', tmp_path/'run', '--threads', 1)
+    assert p.returncode == 0, p.stderr
+    res = json.loads((tmp_path/'run'/'result.json').read_text())
+    assert res['config']['noise'] == 'instance:0.3' and res['config']['subset'] == 40 and 'noise instance:0.3' in p.stdout
+    assert run_dir(tmp_path, RunConfig('cifar10', noise='symmetric:0.2', subset=40)).name.startswith('cifar10-symmetric0.2-jocor_k2-subset40')
