@@ -249,7 +249,7 @@ class UndoPeers(Callback):
         if self.owner.before_finder is None: return
         (self.learn.model,self.learn.splitter,self.learn.opt),self.owner.before_finder = self.owner.before_finder,None
 
-# %% ../nbs/05_callback.ipynb #5d399f5a
+# %% ../nbs/05_callback.ipynb #9f7f481a
 _unknown = object()
 
 class PeersCallback(ColumnsCallback):
@@ -336,7 +336,7 @@ class PeersCallback(ColumnsCallback):
     def _schedule(self):
         "Forget rates of this fit's epochs; a later fit goes on where the last one ended, a resumed one counts its epochs from 0"
         if self.restart or self.start: self.done,self.rate = 0,0.
-        n,frozen = self.done+self.n_epoch,bool(self.opt.frozen_idx)
+        self.before,n,frozen = self.done,self.done+self.n_epoch,bool(self.opt.frozen_idx)
         gradual = ifnone(self.num_gradual, max(default_num_gradual(n, len(self.dls.train)), int(frozen)))
         rates = np.maximum(forget_schedule(self.tau, n, gradual, self.exponent)[self.done:], self.rate if self.done else 0.)
         return np.full(self.n_epoch, rates[0]) if self.finding else rates
@@ -465,7 +465,7 @@ class PeersCallback(ColumnsCallback):
 
     def before_step(self):
         "Where reading a value costs nothing, skip a step without a good item, or whose gradients are not finite"
-        if self.bad.device.type != 'cpu' or self.accumulates or getattr(getattr(self.learn, 'scaler', None), '_enabled', False): return
+        if self.bad.device.type != 'cpu' or self.accumulates or self._scales(): return
         good,bad = self.any_good.long(),self.bad.any().long()
         if self.world > 1:
             for t in (good,bad): torch.distributed.all_reduce(t)
@@ -473,6 +473,10 @@ class PeersCallback(ColumnsCallback):
         if good and all(p.grad is None or p.grad.isfinite().all() for p in self.model.parameters()): return
         self._tell()
         raise CancelStepException()
+
+    def _scales(self):
+        scaler = getattr(self.learn, 'scaler', None)
+        return scaler is not None and scaler.is_enabled()
 
     def _tell(self):
         if not self.told: warnings.warn(f"epoch {self.epoch}, batch {self.iter}: no item has a finite loss, or the gradients are not finite; the step is skipped, and so are others of this kind in this fit")
@@ -489,7 +493,7 @@ class PeersCallback(ColumnsCallback):
         trained = self.figures is not None and not self.finding
         super().after_epoch()
         if not trained: return
-        self.done += 1 if not self.start else 0
+        self.done = self.before+self.epoch+1
         self.peers.run_state = dict(epoch=self.epoch, rows=[{k: float(v) if isinstance(v, float) else int(v) for k,v in r.items()} for r in self.rows],
                                     smooth=(self.recorder.smooth_loss.count, self.recorder.smooth_loss.val) if hasattr(self.learn, 'recorder') else (0, torch.tensor(0.)), random=random_states(self.dls))
 

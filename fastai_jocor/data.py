@@ -116,7 +116,7 @@ class MemoryDatasets(Datasets):
         return MemoryDatasets(empty, [], self.classes, self.split_idx, self.record, [tl.types for tl in self.tls])
     def subset(self, i): raise NotImplementedError("training and validation set are made apart")
 
-# %% ../nbs/04_data.ipynb #88f75d2b
+# %% ../nbs/04_data.ipynb #7e02581c
 class _DecodeDL(TfmdDL):
     "Reads items in order, each as in validation, and does not stop at a bad one"
     def before_iter(self):
@@ -143,8 +143,7 @@ def _check_loader(dl):
     if rand: raise ValueError(f"dls draws {', '.join(rand)} for each item, and items are decoded only once: give it as batch_tfms instead")
     if len(L(dl.before_batch.fs)): raise ValueError(f"dls changes items before they are collated ({dl.before_batch}), which a loader in memory cannot do")
     if len(ds) == 0: return None
-    x = ds[0] if not hasattr(ds, 'tls') else None
-    if x is not None or len(ds.tls) != 2 or dl.n_inp != 1: raise ValueError("dls must give pairs of one image and one target")
+    if not hasattr(ds, 'tls') or len(ds.tls) != 2 or dl.n_inp != 1: raise ValueError("dls must give pairs of one image and one target")
     return ds
 
 def _name_item(ds, i): return str(ds.items[i] if hasattr(ds, 'items') else i)[:200]
@@ -164,12 +163,11 @@ def _decode(loaders, n_workers, progress):
     "Read all items of the loaders into one tensor of images and one of targets"
     images = targets = types = None
     all_bad = []
-    at,n,bar = 0,sum(len(dl.dataset) for dl in loaders),progress_bar(range(sum(len(dl.dataset) for dl in loaders)), leave=False) if progress else None
-    if bar is not None: bar.on_iter_begin(); bar.update(0)
+    at,n = 0,sum(len(dl.dataset) for dl in loaders)
     for dl in loaders:
         bad,shapes,ds = [],[],dl.dataset
         reader = _DecodeDL(ds, bs=64, num_workers=n_workers if len(ds) > 256 else 0, after_item=dl.after_item, do_setup=False)
-        for b,s,t,x,y in reader:
+        for b,s,t,x,y in progress_bar(reader, leave=False) if progress else reader:
             bad += b; shapes += s
             if bad or all_bad or len(set(shapes)) > 1: continue
             if images is None:
@@ -177,10 +175,8 @@ def _decode(loaders, n_workers, progress):
             if _channels_last(x).shape[1:] != images.shape[1:]: raise ValueError(_unequal_sizes([_name_item(ds,0), 'training'], [tuple(x.shape[1:]), *[tuple(images.permute(0,3,1,2).shape[1:])]*2]))
             images[at:at+len(x)],targets[at:at+len(x)] = _channels_last(x),y
             at += len(x)
-            if bar is not None: bar.update(at)
         all_bad += [(ds,*o) for o in bad]
         if not bad and len(set(shapes)) > 1: raise ValueError(_unequal_sizes([_name_item(ds,i) for i in range(len(shapes))], shapes))
-    if bar is not None: bar.on_iter_end()
     if all_bad: raise ValueError(_bad_items(all_bad))
     return images,targets,types
 
@@ -349,7 +345,7 @@ def digits_dls(
     valid_idx = train_test_split(np.arange(len(d.target)), test_size=valid, stratify=d.target, random_state=0)[1]
     return InMemoryDataLoaders.from_arrays((d.images*15).astype(np.uint8), d.target, [str(i) for i in range(10)], valid_idx, noise, seed, bs, **kwargs)
 
-# %% ../nbs/04_data.ipynb #e2fbd6b4
+# %% ../nbs/04_data.ipynb #a302462d
 def _paper_dls(images, labels, n_train, vocab, noise, seed, bs, valid, subset, augment, normalize, stats, keys=None, **kwargs):
     "`DataLoaders` of a data set whose training items come first"
     recipe,tfms,stats = make_noise(noise),augmentation(augment),stats if normalize else None
@@ -361,7 +357,6 @@ def _paper_dls(images, labels, n_train, vocab, noise, seed, bs, valid, subset, a
         train,test = stratified(labels[train], subset)[0],test[stratified(labels[test], share)[0]]
     if valid != 'test' and not isinstance(valid, (float,np.floating)): raise ValueError(f"valid={valid!r} must be 'test', or the share of the training items to hold out, in (0, 1)")
     split = dict(valid=test) if valid == 'test' else dict(valid=valid, test=test)
-    if recipe is not None and recipe.exact is False and keys is None: keys = np.arange(len(labels))
     tfms += list(L(kwargs.pop('batch_tfms', None)))
     return InMemoryDataLoaders.from_arrays(images, labels, vocab, noise=recipe, seed=seed, bs=bs, train=train, keys=keys, **merge(split, dict(batch_tfms=tfms, normalize=stats), kwargs))
 
@@ -424,7 +419,7 @@ def read_images(
     if len(set(shapes)) > 1: raise ValueError(_unequal_sizes(files, shapes))
     return torch.from_numpy(np.stack(got))
 
-# %% ../nbs/04_data.ipynb #2cff4e44
+# %% ../nbs/04_data.ipynb #f57328c0
 _cifar = dict(cifar10=('CIFAR10','cifar-10-batches-py',10), cifar100=('CIFAR100','cifar-100-python',100))
 
 def _find_cifar(name, path):
@@ -461,7 +456,7 @@ def _read_cifar(name, path, download, progress):
         raise _not_found(name, found[0] if found[1] is None else [root], f"train/<class>/ and test/<class>/ with images, or torchvision's {_cifar[name][1]}", e if fetch else None) from None
     return torch.from_numpy(np.concatenate([train.data, test.data])),np.array(train.targets+test.targets),len(train.targets),train.classes,None
 
-def _cifar_dls(name, path, noise, seed, bs, valid, subset, augment, normalize, stats, download, progress, **kwargs):
+def _cifar_dls(name, stats, path, noise, seed, bs, valid='test', augment=None, subset=None, normalize=False, download=None, progress=True, **kwargs):
     recipe = make_noise(noise)
     augmentation(augment)
     images,labels,n_train,vocab,keys = _read_cifar(name, path, download, progress)
@@ -469,7 +464,7 @@ def _cifar_dls(name, path, noise, seed, bs, valid, subset, augment, normalize, s
     if keys is None: keys = [f'{vocab[c]}/{i}' for c,i in zip(labels[:n_train], place)] + list(range(n_train, len(labels)))
     return _paper_dls(images, labels, n_train, vocab, recipe, seed, bs, valid, subset, augment, normalize, stats, keys=keys, **kwargs)
 
-# %% ../nbs/04_data.ipynb #58cc85a0
+# %% ../nbs/04_data.ipynb #b79ccf72
 def cifar10_dls(
     path=None, # Folder with `train/<class>/` and `test/<class>/`, or with torchvision's `cifar-10-batches-py`; `None` for fastai's data folder
     noise=None, # Recipe that corrupts the training labels, or its name, such as `symmetric:0.2`
@@ -484,25 +479,20 @@ def cifar10_dls(
     **kwargs # To `InMemoryDataLoaders.from_arrays`
 )->DataLoaders:
     "CIFAR-10: 50,000 training and 10,000 test images of 32×32 pixels in 10 classes"
-    return _cifar_dls('cifar10', path, noise, seed, bs, valid, subset, augment, normalize, cifar_stats, download, progress, **kwargs)
+    return _cifar_dls('cifar10', cifar_stats, path, noise, seed, bs, valid, augment, subset, normalize, download, progress, **kwargs)
 
 cifar100_stats = ([0.507,0.487,0.441], [0.267,0.256,0.276])
 
+@delegates(cifar10_dls)
 def cifar100_dls(
     path=None, # Folder with `train/` and `test/`, which hold `<class>/` or `<superclass>/<class>/`, or with torchvision's `cifar-100-python`; `None` for fastai's data folder
     noise=None, # Recipe that corrupts the training labels, or its name, such as `asymmetric:0.4`
     seed:int=0, # Seed of the corruption
     bs:int=128, # Items per batch
-    valid='test', # `test`: the test set, as in the papers; or the share of the training items to hold out, in (0, 1)
-    augment=None, # `None` as in the papers, `crop_flip`, or fastai batch transforms
-    subset=None, # Share in (0, 1), or number, of training items to take, stratified; the test set shrinks alike
-    normalize:bool=False, # Subtract mean and divide by standard deviation; the papers do not
-    download:bool=None, # Let torchvision download it where it is missing; `None`: only if `path` is `None`
-    progress:bool=True, # Show a progress bar while files are read
-    **kwargs # To `InMemoryDataLoaders.from_arrays`
+    **kwargs
 )->DataLoaders:
     "CIFAR-100: 50,000 training and 10,000 test images of 32×32 pixels in 100 classes"
-    return _cifar_dls('cifar100', path, noise, seed, bs, valid, subset, augment, normalize, cifar100_stats, download, progress, **kwargs)
+    return _cifar_dls('cifar100', cifar100_stats, path, noise, seed, bs, **kwargs)
 
 # %% ../nbs/04_data.ipynb #597d33ef
 def jocor_mlp(

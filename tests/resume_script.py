@@ -43,6 +43,11 @@ def last_checkpoint(path):
         except Exception: pass
     return -1
 
+def epoch_of(path):
+    "The epoch in which the process is, -1 before its first batch"
+    try: return int((path/'progress').read_text().split()[0])
+    except (OSError, IndexError): return -1
+
 def main(root, name):
     root,opt,rng = Path(root),dict(adam=Adam, fused=fast_adam)[name],random.Random(7)
     whole,cut = root/'whole',root/'cut'
@@ -56,8 +61,8 @@ def main(root, name):
         assert start < EPOCHS, 'the run ended before it was killed five times'
         (cut/'progress').unlink(missing_ok=True)
         pid = in_child(cut, opt, start)
-        while not (cut/'progress').exists(): time.sleep(.001)
-        time.sleep(rng.uniform(.4, 1.4)*an_epoch)
+        while epoch_of(cut) < start + len(kills)%2: time.sleep(.001)
+        time.sleep(rng.random()*.9*an_epoch)
         os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
         kills.append((cut/'progress').read_text())
     print(kills, flush=True)

@@ -1,4 +1,4 @@
-import gc, os, pickle, resource, subprocess, sys, numpy as np, pandas as pd, pytest, torch
+import os, pickle, subprocess, sys, numpy as np, pandas as pd, pytest, torch
 from pathlib import Path
 from PIL import Image
 from hypothesis import given, strategies as st

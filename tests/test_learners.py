@@ -81,6 +81,10 @@ def test_the_schedule_starts_over_when_asked():
     for _ in range(2): learn.fit(3, 1e-3, cbs=again)
     np.testing.assert_allclose(cb.history.forget_rate, [0,.4/3,.8/3,.4,.4,.4])
     np.testing.assert_allclose(again.history.forget_rate, [0,.4/3,.8/3]*2)
+    resumed = JoCorCallback(k=2, num_gradual=4)
+    learn.fit(3, 1e-3, cbs=resumed, start_epoch=1)
+    learn.fit(2, 1e-3, cbs=resumed)
+    np.testing.assert_allclose(resumed.history.forget_rate, [.4/3,.8/3,.4,.4])
     learn.fit(2, 1e-3, cbs=(new := JoCorCallback(k=2, num_gradual=4)))
     np.testing.assert_allclose(new.history.forget_rate, [0,.4/3])
 
