@@ -7,20 +7,22 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/callback.html.md"""
 # %% auto #0
 __all__ = ['ColumnNames', 'ColumnsCallback', 'is_validating', 'is_plain_ce', 'is_multi_label', 'per_sample_loss', 'epoch_idxs',
            'listed_idxs', 'same_random_states', 'random_states', 'restore_random_states', 'distributed_world',
-           'SafeSaveModelCallback', 'UndoPeers', 'PeersCallback', 'JoCorCallback']
+           'SafeSaveModelCallback', 'UndoPeers', 'call_defined', 'Sightings', 'gather_rows', 'PeersCallback',
+           'JoCorCallback']
 
 # %% ../nbs/05_callback.ipynb #354eb306
-import itertools, os, random, torch, numpy as np, pandas as pd
+import itertools, math, os, random, torch, numpy as np, pandas as pd
 from contextlib import ExitStack
+from operator import attrgetter
 from fastai.basics import *
 from fastai.callback.mixup import MixHandler
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.layers import NoneReduce
 from fastai.torch_core import get_random_states, set_random_states
-from .losses import joint_loss, joint_loss_multi, check_contrast, check_co_lambda
-from .selection import check_forget_rate, default_num_gradual, forget_schedule, select_small, select_small_global, selection_counts
-from .peers import Peers, PeerSplitter, make_peers, mean_log_prob, check_k, check_seed
+from .losses import peer_log_probs, joint_loss, joint_loss_multi, check_contrast, check_co_lambda
+from .selection import check_forget_rate, default_num_gradual, forget_schedule, select_small, select_small_global, Ledger
+from .peers import Peers, PeerSplitter, make_peers, check_k, check_seed
 
 # %% ../nbs/05_callback.ipynb #79a2ea09
 class ColumnNames(Callback):
@@ -38,6 +40,7 @@ class ColumnNames(Callback):
 class ColumnsCallback(Callback):
     "A callback with `columns`, whose values of each epoch `epoch_values` gives; its rows stay in `history`"
     _learn,columns = None,()
+    __setattr__ = object.__setattr__
     def __init__(self): self.rows,self.companions = [],[ColumnNames(self)]
 
     @property
@@ -249,6 +252,63 @@ class UndoPeers(Callback):
         if self.owner.before_finder is None: return
         (self.learn.model,self.learn.splitter,self.learn.opt),self.owner.before_finder = self.owner.before_finder,None
 
+# %% ../nbs/05_callback.ipynb #6ed9e700
+def _hears(cb, event_name):
+    return hasattr(type(cb), event_name) or event_name in vars(cb) or event_name == 'after_fit' or type(cb).__call__ is not Callback.__call__
+
+def call_defined(
+    learn, # The learner
+    event_name:str # One of fastai's events
+):
+    "Call the callbacks that define an event, in their order, and spend nothing on the others"
+    for cb in sorted(learn.cbs.items, key=attrgetter('order')):
+        if _hears(cb, event_name): cb(event_name)
+
+# %% ../nbs/05_callback.ipynb #7ed9e700
+class Sightings:
+    "Collect what the batches of an epoch show of their items, without an operation on the device until a few hundred are folded into one"
+    names = ('idx','repeated','kept','loss','prob','vote','as_given','agree')
+    dtypes = (torch.long,torch.bool,torch.float,torch.float,torch.float,torch.long,torch.bool,torch.bool)
+    every = 256 # Batches that are folded into one
+    def __init__(self): self.batches,self.folded = [],[]
+
+    def add(self, n, *cols):
+        self.batches.append((n, *cols))
+        if len(self.batches) == self.every: self.fold()
+
+    def fold(self):
+        ns,idx,repeated,kept,*rest = zip(*self.batches)
+        device,total = rest[0][0].device,sum(ns)
+        zeros = lambda dtype: torch.zeros(total, dtype=dtype, device=device)
+        if kept[0].is_floating_point(): times = torch.cat(kept)
+        else:
+            at = torch.cat([o+i for o,i in zip(kept, itertools.accumulate(ns, initial=0))])
+            times = zeros(torch.float).index_add_(0, at, torch.ones(len(at), device=device))
+        self.folded.append((zeros(torch.long) if idx[0] is None else torch.cat(idx), zeros(torch.bool) if repeated[0] is None else torch.cat(repeated),
+                            times, *(torch.cat(o) for o in rest)))
+        self.batches = []
+
+    def columns(self,
+        device # Where an epoch without a batch puts its empty columns
+    )->dict: # From the name to what was seen of each item, in the order of the epoch, shape (items,)
+        "All that was collected"
+        if self.batches: self.fold()
+        cols = zip(*self.folded) if self.folded else [[torch.empty(0, dtype=o, device=device)] for o in self.dtypes]
+        return dict(zip(self.names, map(torch.cat, cols)))
+
+def gather_rows(
+    t:Tensor # Of this process, shape (m, ...); m may differ between processes
+)->Tensor: # Of all processes of `torch.distributed`, one after the other
+    "Join the rows of all processes"
+    from torch import distributed as dist
+    sizes = [torch.zeros(1, dtype=torch.long, device=t.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(t)], device=t.device))
+    sizes = [int(o) for o in sizes]
+    own = torch.cat([t, t.new_zeros(max(sizes)-len(t), *t.shape[1:])])
+    parts = [torch.empty_like(own) for _ in sizes]
+    dist.all_gather(parts, own)
+    return torch.cat([p[:n] for p,n in zip(parts, sizes)])
+
 # %% ../nbs/05_callback.ipynb #9f7f481a
 _unknown = object()
 
@@ -276,21 +336,23 @@ class PeersCallback(ColumnsCallback):
         super().__init__()
         self.companions.append(UndoPeers(self))
         self.restart,self.select,self.done,self.rate,self.before_finder,self.world = restart,select,0,0.,None,1
+        self.items = self.pruned = None
         self.listing = ExitStack()
         self.k,self.forget_rate,self.num_gradual,self.exponent,self.models,self.init,self.seed = k,forget_rate,num_gradual,exponent,models,init,seed
 
     def batch_loss(self, logits, targ, rate):
-        "Give the loss of a batch (a scalar) and the indices of the kept items, from logits (k, N, C) and labels (N,)"
+        """Give the loss of a batch (a scalar), which items are kept (their indices, or how often each is, shape (N,), float) and the loss of each
+        item (N,), from logits (k, N, C), whose `peer_log_probs` are at `self.log_probs`, and labels (N,)"""
         raise NotImplementedError
 
     def keep_small(self, losses, rate):
-        "Average the small losses of a batch, from losses (N,); gives the mean and the indices of the kept items, or across processes how often each is kept"
-        losses = losses.masked_fill(self.bad, torch.inf)
+        "Average the small losses of a batch, from losses (N,): all that `batch_loss` gives"
+        if self.bad is not None: losses = losses.masked_fill(self.bad, torch.inf)
         if self.world == 1 or self.select == 'local':
             kept = select_small(losses, rate)
-            return losses[kept].mean(), kept
+            return losses.index_select(0, kept).mean(), kept, losses
         times,n = select_small_global(losses, rate)
-        return torch.where(times > 0, losses*times, 0.).sum()*self.world/n, times
+        return torch.where(times > 0, losses*times, 0.).sum()*self.world/n, times, losses
 
     @property
     def columns(self): return ['forget_rate','kept','agreement'] + (['label_precision','label_recall'] if self.noise is not None else []) + ['non_finite']
@@ -312,10 +374,23 @@ class PeersCallback(ColumnsCallback):
         self._make_peers()
         self.schedule = self._schedule()
         self.resume = self.peers.run_state if self.start else None
+        self.device = next(self.model.parameters()).device
+        self.reads_are_free = self._reads_are_free()
+        self._open_ledger()
         self.flags = self._clean_flags()
-        self.last_loss,self.told = torch.zeros((), device=next(self.model.parameters()).device),False
+        self.last_loss,self.told = torch.zeros((), device=self.device),False
         self.accumulates = any(isinstance(cb, GradientAccumulation) for cb in self.learn.cbs)
         self.opt.zero_grad()
+        self.learn._call_one = partial(call_defined, self.learn)
+
+    def _reads_are_free(self): return self.device.type == 'cpu'
+
+    def _open_ledger(self):
+        "Go on with the ledger of an earlier fit on as many items, or start one"
+        n = len(self.dls.train.dataset) if hasattr(self.dls.train.dataset, '__len__') else None
+        if n is None: self.items = None
+        elif self.restart or self.items is None or self.items.n != n: self.items = Ledger(n, self.device)
+        else: self.items = Ledger(n, self.device).load_state(self.items.state())
 
     @property
     def finding(self): return hasattr(self.learn, 'lr_finder')
@@ -343,6 +418,7 @@ class PeersCallback(ColumnsCallback):
 
     def detach(self):
         self.listing.close()
+        vars(self.learn).pop('_call_one', None)
         if getattr(self, 'peers', None) is not None: self.peers.guarded = True
     def after_fit(self):
         self.detach()
@@ -388,85 +464,104 @@ class PeersCallback(ColumnsCallback):
 
     def _clean_flags(self):
         rec = self.noise
-        if rec is None or len(rec) != len(self.dls.train.dataset): return None
-        return torch.as_tensor(~rec.flipped, device=next(self.model.parameters()).device)
+        return None if rec is None or self.items is None or len(rec) != self.items.n else torch.as_tensor(~rec.flipped, device=self.device)
 
     def before_train(self):
         if self.resume is not None: self._take_up(self.resume)
-        self.rate,self.pos,self.repeated = float(self.schedule[self.epoch]),None,None
-        self.totals = torch.zeros(7, dtype=torch.long, device=next(self.model.parameters()).device)
+        self.rate,self.pos,self.repeated,self.sightings = float(self.schedule[self.epoch]),None,None,Sightings()
         self.listing.close()
-        if self.flags is not None: self.listing.enter_context(listed_idxs(self.dl))
+        self.listing.enter_context(listed_idxs(self.dl))
 
     def _take_up(self, state):
         "Go on with the random states and the rows of a run that was interrupted after the epoch before this one"
         self.resume = None
         if state['epoch'] != self.epoch-1: return
         self.rows = list(state['rows'])
+        if state['ledger'] is not None and self.items is not None: self.items.load_state(state['ledger'])
         if hasattr(self.learn, 'recorder'): self.recorder.smooth_loss.count,self.recorder.smooth_loss.val = state['smooth']
         restore_random_states(state['random'], self.dls)
 
     def before_batch(self):
-        if self.iter == 0: self._order_of_items()
-        n = find_bs(self.yb)
-        at = self.iter*getattr(self.dl, 'bs', n)
-        self.batch_clean = None if self.flags is None or self.pos is None else self.flags[self.pos[at:at+n]]
-        self.counted = None if self.repeated is None else ~self.repeated[at:at+n]
-        self._replace_non_finite(n)
+        learn = self.learn
+        if learn.iter == 0: self._order_of_items()
+        self.n,self.pruned = find_bs(learn.yb),None
+        self.at = learn.iter*getattr(learn.dl, 'bs', self.n)
+        self._replace_non_finite()
+
+    @property
+    def batch_idxs(self):
+        "Which items of the training set are in the batch, shape (N,), or `None` if the loader does not tell"
+        return None if self.pos is None else self.pos[self.at:self.at+self.n]
 
     def _order_of_items(self):
         "Which items this epoch gives in which order, and which of them another process gives too, to fill up"
         idxs,dl = epoch_idxs(self.dl),self.dl
-        if self.flags is not None and idxs is not None: self.pos = torch.as_tensor(idxs, device=self.flags.device)
+        if self.items is not None and idxs is not None: self.pos = torch.as_tensor(idxs, device=self.device)
         if self.world > 1 and idxs is not None and dl.n_padded > dl.n:
-            self.repeated = torch.arange(len(idxs), device=self.totals.device) + dl.rank*dl.n_padded//dl.world_size >= dl.n
+            self.repeated = torch.arange(len(idxs), device=self.device) + dl.rank*dl.n_padded//dl.world_size >= dl.n
 
-    def _replace_non_finite(self, n):
+    def _replace_non_finite(self):
         "Put zeros in the place of items that hold a NaN or an infinity, which would spoil the sums of the others"
-        self.bad = torch.zeros(n, dtype=torch.bool, device=self.totals.device)
-        floats = [x for x in self.xb if isinstance(x, Tensor) and x.is_floating_point() and x.ndim and len(x) == n]
-        if not floats: return
-        for x in floats: self.bad = self.bad | ~_plain(x).flatten(1).sum(1).isfinite()
+        self.bad,n = None,self.n
+        floats = [x for x in self.learn.xb if isinstance(x, Tensor) and x.is_floating_point() and x.ndim and len(x) == n]
+        if not floats or (self.reads_are_free and all(math.isfinite(_plain(x).sum().item()) for x in floats)): return
+        self.bad = torch.stack([~_plain(x).flatten(1).sum(1).isfinite() for x in floats]).any(0)
         zero = lambda x: torch.where(self.bad.view(-1, *[1]*(x.ndim-1)), 0., x) if any(x is f for f in floats) else x
         self.learn.xb = tuple(retain_type(zero(x), x) if isinstance(x, Tensor) else x for x in self.xb)
 
     def after_pred(self): self.learn.yb,self.targs = (),self.learn.yb
 
     def after_loss(self):
-        self.learn.yb,logits = self.targs,_plain(_logits(self.learn.pred))
-        targ = _column(_plain(self.yb[0]))
+        learn = self.learn
+        learn.yb,logits = self.targs,_plain(_logits(learn.pred))
+        targ = _column(_plain(learn.yb[0]))
         if self.item_loss is _unknown:
-            self._check_batch(logits[0].detach(), [_plain(o) for o in self.yb])
+            self._check_batch(logits[0].detach(), [_plain(o) for o in learn.yb])
             self.peers.multi_label = self.multi_label
-        self.bad = self.bad | ~(logits.detach().abs().amax((0,2)) < 1e30)
-        logits = torch.where(self.bad[:,None], 0., logits)
-        loss,kept = self.batch_loss(logits, targ, self.rate)
-        self.any_good = (~self.bad).any()
-        shown = loss.detach().clone().float()
-        self.last_loss = torch.where(shown.isfinite(), shown, self.last_loss)
-        self.learn.loss_grad,self.learn.loss = loss,self.last_loss
-        logits = logits.detach()
-        self.learn.pred = self.peers.mean(logits)
-        self._count(logits, kept)
+        loss,kept,losses,logits = self._batch_loss(logits, targ, self.rate)
+        self.last_loss = torch.where(loss.isfinite(), loss, self.last_loss).detach().float()
+        learn.loss_grad,learn.loss = loss,self.last_loss
+        learn.pred = self._mean(logits)
+        self._record(logits, learn.pred, targ, kept, losses)
+
+    def _batch_loss(self, logits, targ, rate):
+        "`batch_loss` with the logits of bad items put to 0, and these logits"
+        logits = self._without_bad(logits)
+        self.log_probs = None if self.multi_label else peer_log_probs(logits)
+        return *self.batch_loss(logits, targ, rate), logits.detach()
+
+    def _without_bad(self, logits):
+        if self.reads_are_free and self.bad is None and torch.linalg.vector_norm(logits.detach(), torch.inf).item() < 1e30: return logits
+        bad = ~(logits.detach().abs().amax((0,2)) < 1e30)
+        self.bad = bad if self.bad is None else self.bad | bad
+        return torch.where(self.bad[:,None], 0., logits)
+
+    def _mean(self, logits):
+        "The peers' mean probability, as `Peers.mean` gives it, from the log-probabilities at hand"
+        return self.peers.mean(logits) if self.multi_label else self.log_probs.detach().logsumexp(0) - math.log(len(logits))
 
     @torch.no_grad()
-    def _count(self, logits, kept):
-        best = logits > 0 if self.multi_label else logits.argmax(-1)[...,None]
-        agree,n = (best == best[0]).all(0).all(-1),logits.shape[1]
-        if self.counted is None and not kept.is_floating_point():
-            self.totals[:4] += torch.stack([agree.sum().new_tensor(n), agree.sum().new_tensor(len(kept)), agree.sum(), self.bad.sum()])
-            if self.batch_clean is not None: self.totals[4:] += selection_counts(kept, self.batch_clean)
-            return
-        times = kept if kept.is_floating_point() else torch.zeros(n, device=logits.device).index_add_(0, kept, torch.ones(len(kept), device=logits.device))
-        counted = torch.ones_like(self.bad) if self.counted is None else self.counted
-        times = (times*counted).long()
-        self.totals[:4] += torch.stack([counted.sum(), times.sum(), (agree & counted).sum(), (self.bad & counted).sum()])
-        if self.batch_clean is not None: self.totals[4:] += torch.stack([(times*self.batch_clean).sum(), times.sum(), (self.batch_clean & counted).sum()])
+    def _record(self, logits, pred, targ, kept, losses):
+        "Note what is seen of each item of the batch"
+        if self.multi_label:
+            best,vote = logits > 0,torch.full_like(targ[:,0], -1, dtype=torch.long)
+            as_given,prob = ((pred > 0) == targ.bool()).all(-1),torch.where(targ.bool(), pred, -pred).sigmoid().mean(-1)
+            agree = (best == best[0]).all(0).all(-1)
+        else:
+            best,vote = logits.argmax(-1),pred.argmax(-1)
+            as_given,prob = vote == targ,pred.gather(-1, targ.long()[:,None])[:,0].exp()
+            agree = (best == best[0]).all(0)
+        losses = losses.detach().nan_to_num(torch.inf, torch.inf, torch.inf)
+        repeated = None if self.repeated is None else self.repeated[self.at:self.at+self.n]
+        self.sightings.add(self.n, self.batch_idxs, repeated, kept, losses, prob, vote, as_given, agree)
 
     def before_step(self):
         "Where reading a value costs nothing, skip a step without a good item, or whose gradients are not finite"
-        if self.bad.device.type != 'cpu' or self.accumulates or self._scales(): return
-        good,bad = self.any_good.long(),self.bad.any().long()
+        if not self.reads_are_free or self.accumulates or self._scales(): return
+        finite = math.isfinite(self.learn.loss_grad.item())
+        if self.world == 1 and self.bad is None and finite: return
+        bad = torch.zeros(1, dtype=torch.bool) if self.bad is None else self.bad
+        good,bad = (~bad).any().long(),torch.tensor(int(bad.any() or not finite))
         if self.world > 1:
             for t in (good,bad): torch.distributed.all_reduce(t)
         if good and not bad: return
@@ -484,17 +579,27 @@ class PeersCallback(ColumnsCallback):
 
     def after_train(self):
         self.listing.close()
-        if self.world > 1: torch.distributed.all_reduce(self.totals)
-        n,kept,agree,bad,hit,known,clean = self.totals.tolist()
-        share = lambda a,b: a/b if b else float('nan')
-        self.figures = [self.rate, share(kept,n), share(agree,n)] + ([share(hit,known), share(hit,clean)] if self.noise is not None else []) + [bad]
+        self.figures = self._close_epoch(self.sightings.columns(self.device))
+
+    def _close_epoch(self, seen):
+        "Enter what this epoch has seen into the ledger; gives its figures for the table"
+        if self.world > 1: seen = {name: gather_rows(o) for name,o in seen.items()}
+        seen,idx = {name: o[~seen['repeated']] for name,o in seen.items()},None
+        if self.pos is not None: idx = seen['idx']
+        scored,kept = ~seen['loss'].isnan(),seen['kept'].double()
+        share = lambda a,b: float(a)/float(b) if b else float('nan')
+        clean = None if self.flags is None or idx is None else self.flags[idx]
+        known = [] if self.noise is None else [float('nan')]*2 if clean is None else [share(kept[clean].sum(), kept.sum()), share(kept[clean].sum(), clean.sum())]
+        if idx is not None and not self.finding:
+            self.items.update(idx, *(seen[o] for o in ('loss','prob','vote','as_given','agree','kept')))
+        return [self.rate, share(kept.sum(), len(kept)), share(seen['agree'][scored].sum(), scored.sum()), *known, int(seen['loss'].isinf().sum())]
 
     def after_epoch(self):
         trained = self.figures is not None and not self.finding
         super().after_epoch()
         if not trained: return
         self.done = self.before+self.epoch+1
-        self.peers.run_state = dict(epoch=self.epoch, rows=[{k: float(v) if isinstance(v, float) else int(v) for k,v in r.items()} for r in self.rows],
+        self.peers.run_state = dict(epoch=self.epoch, ledger=None if self.items is None else self.items.state(), rows=[{k: float(v) if isinstance(v, float) else int(v) for k,v in r.items()} for r in self.rows],
                                     smooth=(self.recorder.smooth_loss.count, self.recorder.smooth_loss.val) if hasattr(self.learn, 'recorder') else (0, torch.tensor(0.)), random=random_states(self.dls))
 
     def epoch_values(self):
@@ -517,5 +622,5 @@ class JoCorCallback(PeersCallback):
         self.co_lambda,self.contrast = check_co_lambda(co_lambda),check_contrast(contrast)
 
     def batch_loss(self, logits, targ, rate):
-        loss_func = joint_loss_multi if self.multi_label else joint_loss
-        return self.keep_small(loss_func(logits, targ, self.co_lambda, self.contrast, self.item_loss), rate)
+        loss_func,known = (joint_loss_multi,{}) if self.multi_label else (joint_loss,dict(log_probs=self.log_probs))
+        return self.keep_small(loss_func(logits, targ, self.co_lambda, self.contrast, self.item_loss, **known), rate)

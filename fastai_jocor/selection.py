@@ -6,7 +6,7 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/selection.html.md"""
 
 # %% auto #0
 __all__ = ['check_forget_rate', 'default_num_gradual', 'forget_schedule', 'keep_count', 'select_small', 'select_small_global',
-           'selection_counts', 'label_precision', 'label_recall']
+           'selection_counts', 'label_precision', 'label_recall', 'Ledger']
 
 # %% ../nbs/01_selection.ipynb #1bbc6282
 import numpy as np, torch
@@ -57,10 +57,9 @@ def select_small(
     "Find the items with the smallest loss, never one with a NaN or an infinite loss, without a host synchronisation"
     check_forget_rate(forget_rate)
     if loss.ndim != 1 or not len(loss): raise ValueError(f"loss of shape {tuple(loss.shape)} must have one dimension with at least one item: one loss per item")
-    n,loss = keep_count(len(loss), forget_rate),loss.detach()
-    finite = loss.isfinite()
-    idx = loss.masked_fill(~finite, torch.inf).topk(n, largest=False).indices
-    return idx[torch.arange(n, device=loss.device) % finite.sum().clamp(1, n)]
+    n,inf = keep_count(len(loss), forget_rate),torch.inf
+    small,idx = loss.detach().nan_to_num(inf, inf, inf).topk(n, largest=False)
+    return idx[torch.arange(n, device=loss.device) % (small < inf).sum().clamp(1, n)]
 
 # %% ../nbs/01_selection.ipynb #5f4dbf92
 def select_small_global(
@@ -96,3 +95,67 @@ def label_recall(
 )->Tensor: # In [0, 1], shape (...); NaN where no item is clean
     "Share of the clean items that are kept"
     return counts[...,0]/counts[...,2]
+
+# %% ../nbs/01_selection.ipynb #1ed9e700
+def _turns(idx):
+    "Which time, from 0 on, each entry of `idx` occurs"
+    s,order = idx.sort(stable=True)
+    return torch.empty_like(idx).scatter_(0, order, torch.arange(len(s), device=s.device) - torch.searchsorted(s, s))
+
+class Ledger:
+    "Keep running figures of every training item, 40 bytes each, however long the training"
+    _ints,_floats = ('seen','scored','agreed','as_given','vote','lead'),('kept','loss','last_loss','prob')
+    def __init__(self,
+        n:int, # Number of items
+        device='cpu' # Where the figures are kept
+    ):
+        self.n,self.device = n,torch.device(device)
+        for name in self._ints:   setattr(self, name, torch.zeros(n, dtype=torch.int32, device=device))
+        for name in self._floats: setattr(self, name, torch.zeros(n, device=device))
+        self.vote.fill_(-1); self.last_loss.fill_(torch.nan)
+
+    @torch.no_grad()
+    def update(self,
+        idx:Tensor, # Items in the order in which they were seen, shape (m,), in [0, n); an item may occur several times
+        loss:Tensor, # Loss of each, shape (m,); infinite where it is not finite, NaN where it was not computed
+        prob:Tensor, # Mean probability of the given label, shape (m,)
+        vote:Tensor, # Label of the largest mean probability, shape (m,); -1 for none
+        as_given:Tensor, # Whether the vote is the given label, shape (m,), bool
+        agree:Tensor, # Whether all peers vote alike, shape (m,), bool
+        kept:Tensor # How often each was kept, shape (m,), float
+    ):
+        "Add what was seen of some items"
+        scored = ~loss.isnan()
+        self.seen.index_add_(0, idx, torch.ones_like(idx, dtype=torch.int32))
+        self.kept.index_add_(0, idx, kept.float())
+        idx,loss,prob,vote,as_given,agree = (o[scored] for o in (idx,loss,prob,vote,as_given,agree))
+        ok = loss.isfinite()
+        for name,o in dict(scored=ok, agreed=agree & ok, as_given=as_given & ok).items(): getattr(self, name).index_add_(0, idx, o.int())
+        for name,o in dict(loss=loss, prob=prob).items(): getattr(self, name).index_add_(0, idx, torch.where(ok, o, 0.).float())
+        turn = _turns(idx)
+        for t in range(int(turn.max())+1 if len(idx) else 0): self._latest(*(o[turn==t] for o in (idx,loss,vote.int(),ok)))
+
+    def _latest(self, idx, loss, vote, ok):
+        "Keep the last loss, and the label that most votes are for (majority vote of Boyer and Moore, 1991), each item once"
+        self.last_loss[idx] = loss.float()
+        idx,vote = idx[ok],vote[ok]
+        old,lead = self.vote[idx],self.lead[idx]
+        self.vote[idx] = torch.where(lead == 0, vote, old)
+        self.lead[idx] = torch.where((lead == 0) | (vote == old), lead+1, lead-1)
+
+    def frame(self):
+        "The figures as a `DataFrame`, one row per item: sums as means over what was seen, NaN for items that never were"
+        import pandas as pd
+        f = {name: getattr(self, name).cpu().numpy() for name in (*self._ints, *self._floats)}
+        with np.errstate(invalid='ignore', divide='ignore'):
+            means = {name: f[o]/f['scored'] for name,o in dict(loss='loss', prob='prob', votes_given='as_given', agreement='agreed').items()}
+            return pd.DataFrame(dict(seen=f['seen'], kept=f['kept']/f['seen'], last_loss=f['last_loss'], vote=f['vote'], **means)).rename_axis('item')
+
+    def state(self):
+        "All figures as a `dict` of tensors"
+        return {name: getattr(self, name) for name in (*self._ints, *self._floats)}
+
+    def load_state(self, state):
+        "Take over figures of `state()`"
+        for name,o in state.items(): setattr(self, name, o.to(self.device).clone())
+        return self

@@ -243,7 +243,7 @@ def test_weighted_loader():
     cb,seen = JoCorCallback(k=2, num_gradual=0),[]
     class See(Callback):
         order,run_valid = -4,False
-        def before_batch(self): seen.append((self.jo_cor.batch_clean.clone(), self.yb[0].clone(), np.array(self.dl._DataLoader__idxs)[self.iter*64:][:len(self.yb[0])]))
+        def before_batch(self): seen.append((self.jo_cor.flags[self.jo_cor.batch_idxs], self.yb[0].clone(), np.array(self.dl._DataLoader__idxs)[self.iter*64:][:len(self.yb[0])]))
     learn.fit(2, 1e-3, cbs=[cb,See()])
     rec = learn.dls.noise
     for clean,y,idx in seen:
@@ -391,7 +391,7 @@ def test_tabular_learner(tmp_path):
     rec,seen = learn.dls.noise,[]
     class See(Callback):
         order,run_valid = -4,False
-        def before_batch(self): seen.append((self.jo_cor.batch_clean.clone(), np.array(self.dl._DataLoader__idxs)[self.iter*32:][:len(self.yb[0])], self.yb[0].flatten().numpy()))
+        def before_batch(self): seen.append((self.jo_cor.flags[self.jo_cor.batch_idxs], np.array(self.dl._DataLoader__idxs)[self.iter*32:][:len(self.yb[0])], self.yb[0].flatten().numpy()))
     with silent(): learn.fit(1, cbs=[JoCorCallback(k=3), See()])
     for clean,idx,y in seen: assert (rec.noisy[idx] == y).all() and (clean.numpy() == ~rec.flipped[idx]).all()
     same_after_export(learn, tmp_path, df.iloc[0], tmp_path)
