@@ -345,13 +345,14 @@ class PeersCallback(ColumnsCallback):
         item (N,), from logits (k, N, C), whose `peer_log_probs` are at `self.log_probs`, and labels (N,)"""
         raise NotImplementedError
 
-    def keep_small(self, losses, rate):
-        "Average the small losses of a batch, from losses (N,): all that `batch_loss` gives"
+    def keep_small(self, losses, rate, by=None):
+        "Average the losses (N,) of the items that are small `by` other losses (N,), by their own without these: all that `batch_loss` gives"
         if self.bad is not None: losses = losses.masked_fill(self.bad, torch.inf)
+        by = losses if by is None else by if self.bad is None else by.masked_fill(self.bad, torch.inf)
         if self.world == 1 or self.select == 'local':
-            kept = select_small(losses, rate)
+            kept = select_small(by, rate)
             return losses.index_select(0, kept).mean(), kept, losses
-        times,n = select_small_global(losses, rate)
+        times,n = select_small_global(by, rate)
         return torch.where(times > 0, losses*times, 0.).sum()*self.world/n, times, losses
 
     @property
