@@ -8,11 +8,12 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/callback.html.md"""
 __all__ = ['ColumnNames', 'ColumnsCallback', 'is_validating', 'is_plain_ce', 'is_multi_label', 'per_sample_loss', 'epoch_idxs',
            'listed_idxs', 'same_random_states', 'random_states', 'restore_random_states', 'distributed_world',
            'SafeSaveModelCallback', 'UndoPeers', 'call_defined', 'Sightings', 'gather_rows', 'PeersCallback',
-           'JoCorCallback']
+           'PruneBatch', 'same_buffers', 'take_items', 'JoCorCallback']
 
 # %% ../nbs/05_callback.ipynb #354eb306
 import itertools, math, os, random, torch, numpy as np, pandas as pd
 from contextlib import ExitStack
+from numbers import Integral
 from operator import attrgetter
 from fastai.basics import *
 from fastai.callback.mixup import MixHandler
@@ -20,8 +21,8 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.layers import NoneReduce
 from fastai.torch_core import get_random_states, set_random_states
-from .losses import peer_log_probs, joint_loss, joint_loss_multi, check_contrast, check_co_lambda
-from .selection import check_forget_rate, default_num_gradual, forget_schedule, select_small, select_small_global, Ledger
+from .losses import peer_log_probs, joint_loss, joint_loss_multi, check_contrast, check_co_lambda, check_number
+from .selection import check_forget_rate, default_num_gradual, forget_schedule, keep_count, select_small, select_small_global, Ledger
 from .peers import Peers, PeerSplitter, make_peers, check_k, check_seed
 
 # %% ../nbs/05_callback.ipynb #79a2ea09
@@ -370,8 +371,10 @@ class PeersCallback(ColumnsCallback):
         mix = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler)]
         if mix: raise ValueError(f"{mix[0]} mixes the labels of two items, and small-loss selection needs one label per item: train without {mix[0]}")
         self.tau,self.world = self._final_rate(),distributed_world(self.learn)
+        self.accumulates = any(isinstance(cb, GradientAccumulation) for cb in self.learn.cbs)
         if self.world > 1: _let_loaders_broadcast()
         self._try_batch()
+        self._check_fit()
         self._make_peers()
         self.schedule = self._schedule()
         self.resume = self.peers.run_state if self.start else None
@@ -380,9 +383,10 @@ class PeersCallback(ColumnsCallback):
         self._open_ledger()
         self.flags = self._clean_flags()
         self.last_loss,self.told = torch.zeros((), device=self.device),False
-        self.accumulates = any(isinstance(cb, GradientAccumulation) for cb in self.learn.cbs)
         self.opt.zero_grad()
         self.learn._call_one = partial(call_defined, self.learn)
+
+    def _check_fit(self): "Refuse a learner that the method cannot train, before anything is changed"
 
     def _reads_are_free(self): return self.device.type == 'cpu'
 
@@ -436,13 +440,13 @@ class PeersCallback(ColumnsCallback):
         dl = self.dls.train
         if len(dl) == 0: raise ValueError("the training loader gives no batch: take a smaller bs, or more items (an incomplete batch is dropped)")
         mode = self.model.training
-        with same_random_states(dl), torch.no_grad():
+        with same_random_states(dl), torch.no_grad(), listed_idxs(dl):
             b = self.learn._set_device(dl.one_batch() if hasattr(dl, 'one_batch') else first(dl))
             n_inp = getattr(self.dls, 'n_inp', max(len(b)-1, 1))
             try: pred = _logits(self.model.eval()(*[_plain(o) for o in b[:n_inp]]))
             except Exception: pred = None
             finally: self.model.train(mode)
-        self.item_loss,self.multi_label = _unknown,False
+        self.item_loss,self.multi_label,self.tells = _unknown,False,epoch_idxs(dl) is not None
         if pred is not None: self._check_batch(_plain(pred), [_plain(o) for o in b[n_inp:]])
 
     def _check_batch(self, pred, targs):
@@ -485,7 +489,7 @@ class PeersCallback(ColumnsCallback):
     def before_batch(self):
         learn = self.learn
         if learn.iter == 0: self._order_of_items()
-        self.n,self.pruned = find_bs(learn.yb),None
+        self.n,self.pruned,self.recorded = find_bs(learn.yb),None,False
         self.at = learn.iter*getattr(learn.dl, 'bs', self.n)
         self._replace_non_finite()
 
@@ -519,11 +523,11 @@ class PeersCallback(ColumnsCallback):
         if self.item_loss is _unknown:
             self._check_batch(logits[0].detach(), [_plain(o) for o in learn.yb])
             self.peers.multi_label = self.multi_label
-        loss,kept,losses,logits = self._batch_loss(logits, targ, self.rate)
+        loss,kept,losses,logits = self._batch_loss(logits, targ, self.rate if self.pruned is None else 0.)
         self.last_loss = torch.where(loss.isfinite(), loss, self.last_loss).detach().float()
         learn.loss_grad,learn.loss = loss,self.last_loss
         learn.pred = self._mean(logits)
-        self._record(logits, learn.pred, targ, kept, losses)
+        if not self.recorded: self._record(logits, learn.pred, targ, kept, losses)
 
     def _batch_loss(self, logits, targ, rate):
         "`batch_loss` with the logits of bad items put to 0, and these logits"
@@ -554,7 +558,15 @@ class PeersCallback(ColumnsCallback):
             agree = (best == best[0]).all(0)
         losses = losses.detach().nan_to_num(torch.inf, torch.inf, torch.inf)
         repeated = None if self.repeated is None else self.repeated[self.at:self.at+self.n]
-        self.sightings.add(self.n, self.batch_idxs, repeated, kept, losses, prob, vote, as_given, agree)
+        seen = (kept, losses, prob, vote, as_given, agree)
+        if len(losses) < self.n: seen = self._spread(*seen)
+        self.sightings.add(self.n, self.batch_idxs, repeated, *seen)
+
+    def _spread(self, kept, losses, *cols):
+        "What was seen of the items that are left, as columns of the whole batch: the others were given, but no loss was computed"
+        times = torch.zeros_like(losses).index_add_(0, kept, torch.ones_like(losses))
+        whole = lambda o, fill: o.new_full((self.n,), fill).index_copy_(0, self.pruned, o)
+        return whole(times, 0), whole(losses, torch.nan), *(whole(o, 0) for o in cols)
 
     def before_step(self):
         "Where reading a value costs nothing, skip a step without a good item, or whose gradients are not finite"
@@ -607,6 +619,32 @@ class PeersCallback(ColumnsCallback):
         values,self.figures = self.figures,None
         return values
 
+# %% ../nbs/05_callback.ipynb #8ed9e700
+class PruneBatch(Callback):
+    "Cut each batch down to the items that count, once mixed precision has begun"
+    order,run_valid = 12,False
+    def __init__(self, owner): self.owner = owner
+    @property
+    def name(self): return f'{self.owner.name}_prune'
+    def before_batch(self): self.owner.prune_batch()
+
+@contextmanager
+def same_buffers(model):
+    "Leave what a model keeps besides its parameters, such as running means, as it was"
+    old = [b.clone() for b in model.buffers()]
+    try: yield
+    finally:
+        for b,o in zip(model.buffers(), old): b.copy_(o)
+
+def take_items(
+    x, # An input or target of a batch
+    idx:Tensor, # Which items to take, shape (m,)
+    n:int # Items in the batch
+):
+    "Take some items of a batch"
+    if isinstance(x, Tensor) and x.ndim and len(x) == n: return x.index_select(0, idx)
+    raise ValueError(f"prune cuts batches down, and does not know how to for an input of type {type(x).__name__}: all must be tensors whose first dimension is the batch's {n} items")
+
 # %% ../nbs/05_callback.ipynb #1a929f1b
 class JoCorCallback(PeersCallback):
     "Train k peers by one joint loss on the items on which they agree with the label and with each other (JoCoR, Wei et al. 2020)"
@@ -617,11 +655,48 @@ class JoCorCallback(PeersCallback):
         contrast:str='kl', # `kl`, `kl_circular`, `ce` or `ce_circular`
         num_gradual:int=None, # Epochs over which the forget rate rises to τ; `None`: 10, or more on small data, at most half of the run (`default_num_gradual`)
         exponent:float=1., # Exponent c > 0: the rise ends at τ**c
+        prune:str=None, # Do not compute what selection throws away: `exact` selects by a forward pass without gradients, `approx` by the losses of earlier epochs; `None` computes all
+        refresh:int=5, # Every how many epochs `prune='approx'` computes the losses of all items, at least 1
         **kwargs # `models`, `init`, `seed`, `restart`, `select`: see `PeersCallback`
     ):
         super().__init__(k, forget_rate, num_gradual, exponent, **kwargs)
-        self.co_lambda,self.contrast = check_co_lambda(co_lambda),check_contrast(contrast)
+        if prune not in (None,'exact','approx'): raise ValueError(f"prune={prune!r} must be None, 'exact' or 'approx'")
+        check_number('refresh', refresh, lambda v: isinstance(v, Integral) and v >= 1, 'be an integer of at least 1: the epochs from one computation of all losses to the next')
+        if prune: self.companions.append(PruneBatch(self))
+        self.co_lambda,self.contrast,self.prune,self.refresh = check_co_lambda(co_lambda),check_contrast(contrast),prune,refresh
 
     def batch_loss(self, logits, targ, rate):
         loss_func,known = (joint_loss_multi,{}) if self.multi_label else (joint_loss,dict(log_probs=self.log_probs))
         return self.keep_small(loss_func(logits, targ, self.co_lambda, self.contrast, self.item_loss, **known), rate)
+
+    def _check_fit(self):
+        super()._check_fit()
+        if not self.prune: return
+        if self.accumulates: raise ValueError(f"prune={self.prune!r} changes the number of items in a batch, which GradientAccumulation counts: train without one of them")
+        if self.world > 1 and self.select == 'global': raise ValueError(f"prune={self.prune!r} cuts each process's batch down to one size, which select='global' does not give: pass select='local'")
+        if self.prune == 'approx' and not self.tells: raise ValueError("prune='approx' needs to know which items are in a batch, and this loader does not tell: use a fastai loader, or prune='exact'")
+
+    def prune_batch(self):
+        "Cut the batch down to what will be kept, unless that is all of it"
+        learn = self.learn
+        if keep_count(self.n, self.rate) == self.n or self.item_loss is _unknown or self.finding: return
+        if self.prune == 'exact': self.pruned = self._select_first()
+        elif (self.before+learn.epoch) % self.refresh: self.pruned = self._select_as_before()
+        else: return
+        if self.bad is not None: self.bad = self.bad.index_select(0, self.pruned)
+        learn.xb,learn.yb = (tuple(take_items(o, self.pruned, self.n) for o in b) for b in (learn.xb, learn.yb))
+
+    def _select_first(self):
+        "Select by a forward pass without gradients, and note what it shows of all items"
+        targ = _column(_plain(self.yb[0]))
+        with torch.no_grad(), same_buffers(self.model):
+            _,kept,losses,logits = self._batch_loss(_plain(_logits(self.model(*self.xb))), targ, self.rate)
+            self._record(logits, self._mean(logits), targ, kept, losses)
+        self.recorded = True
+        return kept
+
+    def _select_as_before(self):
+        "Select by the loss that each item had when it was last computed; an item without one is kept"
+        last = self.items.last_loss[self.batch_idxs]
+        last = torch.where(last.isnan(), torch.finfo(last.dtype).min, last)
+        return select_small(last if self.bad is None else last.masked_fill(self.bad, torch.inf), self.rate)
