@@ -7,8 +7,8 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/callback.html.md"""
 # %% auto #0
 __all__ = ['ColumnNames', 'ColumnsCallback', 'is_validating', 'is_plain_ce', 'is_multi_label', 'per_sample_loss', 'epoch_idxs',
            'listed_idxs', 'same_random_states', 'random_states', 'restore_random_states', 'distributed_world',
-           'SafeSaveModelCallback', 'UndoPeers', 'call_defined', 'Sightings', 'gather_rows', 'PeersCallback',
-           'PruneBatch', 'same_buffers', 'take_items', 'JoCorCallback']
+           'SafeSaveModelCallback', 'AutocastBF16', 'UndoPeers', 'call_defined', 'Sightings', 'gather_rows',
+           'PeersCallback', 'PruneBatch', 'same_buffers', 'take_items', 'JoCorCallback']
 
 # %% ../nbs/05_callback.ipynb #354eb306
 import itertools, math, os, random, torch, numpy as np, pandas as pd
@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from numbers import Integral
 from operator import attrgetter
 from fastai.basics import *
+from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation
@@ -123,7 +124,9 @@ def epoch_idxs(
 ): # Positions in its data set in the order of this epoch, or `None` if it does not tell
     "The order in which a fastai loader gives its items in this epoch"
     idxs = vars(dl).get('_DataLoader__idxs')
-    return idxs if isinstance(idxs, (list,tuple,L,np.ndarray,Tensor)) else None
+    return idxs if _lasts(idxs) else None
+
+def _lasts(idxs): return isinstance(idxs, (list,tuple,L,np.ndarray,Tensor))
 
 @contextmanager
 def listed_idxs(
@@ -132,7 +135,10 @@ def listed_idxs(
     "Let a loader that gives its order as an iterator, which can be read only once, give it as a list"
     get,own = getattr(dl, 'get_idxs', None),vars(dl).get('get_idxs')
     if get is None or getattr(dl, 'n', None) is None: yield; return
-    dl.get_idxs = lambda: list(itertools.islice(get(), dl.n))
+    def as_list():
+        idxs = get()
+        return idxs if _lasts(idxs) else list(itertools.islice(idxs, dl.n))
+    dl.get_idxs = as_list
     try: yield
     finally:
         if own is None: del dl.get_idxs
@@ -200,6 +206,14 @@ class SafeSaveModelCallback(SaveModelCallback):
             self.last_saved_path = join_path_file(name, self.path/self.model_dir, ext='.pth')
             if part.exists(): os.replace(part, self.last_saved_path)
         finally: part.unlink(missing_ok=True)
+
+# %% ../nbs/05_callback.ipynb #9ed9e700
+class AutocastBF16(MixedPrecision):
+    "Train in bfloat16 on whatever device the model is on; fastai's `to_bf16` does so on CUDA only"
+    def __init__(self): super().__init__(AMPMode.BF16)
+    def before_fit(self):
+        super().before_fit()
+        self.autocast = torch.autocast(next(self.model.parameters()).device.type, dtype=torch.bfloat16)
 
 # %% ../nbs/05_callback.ipynb #627439e5
 def _default_init(learn): return 'head' if getattr(learn, 'pretrained', False) or learn.opt.frozen_idx else 'all'

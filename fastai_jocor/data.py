@@ -69,11 +69,15 @@ class MemoryDL(TfmdDL):
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=0, **kwargs)
 
     def get_idxs(self):
-        if not self.shuffle: return list(range(self.n))
-        return torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(self.rng.getrandbits(63)))[:self.n].tolist()
+        if not self.shuffle: return torch.arange(self.n)
+        return torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(self.rng.getrandbits(63)))[:self.n]
+
+    def sample(self): return self._DataLoader__idxs
 
     def create_batches(self, samps):
-        for idxs in self.chunkify(samps): yield self.store.batch(self.pos[torch.tensor(idxs)])
+        if not isinstance(samps, Tensor): samps = torch.as_tensor(list(samps), dtype=torch.long)
+        for idxs in samps.split(self.bs):
+            if len(idxs) == self.bs or not self.drop_last: yield self.store.batch(self.pos[idxs])
 
     def new(self, dataset=None, cls=None, **kwargs):
         if dataset is None or dataset is self.dataset:
@@ -109,7 +113,7 @@ class MemoryDatasets(Datasets):
     def __init__(self, store, idxs, vocab, split_idx=0, noise=None, types=None):
         self.store,self.classes,self.record = store,vocab,noise
         tfms = [[StoredImage(store)], [StoredLabel(store, vocab, noise), Categorize(vocab=vocab, sort=False)]]
-        super().__init__(tls=[TfmdLists(np.asarray(idxs).tolist(), t, split_idx=split_idx, types=ty) for t,ty in zip(tfms, types or (None,None))], n_inp=1)
+        super().__init__(tls=[TfmdLists(pd.Series(np.asarray(idxs)), t, split_idx=split_idx, types=ty) for t,ty in zip(tfms, types or (None,None))], n_inp=1)
 
     def new_empty(self):
         empty = ImageStore(self.store.images[:0].cpu().clone(), self.store.targets[:0].cpu().clone())

@@ -346,3 +346,13 @@ def test_a_model_that_needs_another_callback_on_its_batches():
     learn = digits(cbs=ToDouble(), loss_func=lambda z,y: z.mean())
     learn.model.double()
     with pytest.raises(ValueError, match='cannot be reduced per sample'): learn.fit(1, 1e-3, cbs=JoCorCallback(k=2))
+
+def test_autocast_in_bfloat16():
+    learn,dtypes = digits(),[]
+    class See(Callback):
+        order,run_valid = -4,False
+        def after_pred(self): dtypes.append(self.pred.dtype)
+        def after_loss(self): dtypes.append(self.learn.loss_grad.dtype)
+    learn.fit(10, 1e-2, cbs=[JoCorCallback(k=2), AutocastBF16(), See()])
+    assert set(dtypes[::2]) == {torch.bfloat16} and set(dtypes[1::2]) == {torch.float32} and learn.recorder.values[-1][2] > .6
+    assert next(learn.model.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled('cpu')

@@ -1,0 +1,241 @@
+"""How fast k peers train: against JoCoR as it is usually coded, and against a bare loop over k networks.
+
+    python benchmarks/speed.py mnist --path FOLDER    # epochs of MNIST with the perceptron
+    python benchmarks/speed.py cifar --path FOLDER    # epochs of a part of CIFAR-10 with the 7-layer network
+    python benchmarks/speed.py step                   # a step against the bare loop, k = 2, 3, 5, and where its time goes
+    python benchmarks/speed.py loss                   # the joint loss against a sum over pairs, and k = 16 against k = 2
+    python benchmarks/speed.py memory                 # the peak of memory, k = 3, against the bare loop (Linux)
+
+FOLDER holds MNIST/raw (torchvision's layout) or cifar10/train. The usual coding is written down here from the formulas of the papers: a data set
+that gives one image at a time through `ToTensor`, torch's `DataLoader` (with as many workers as is fastest here: 0 or 2), contiguous float32, Adam,
+the divergences pair by pair, the losses to the CPU, and numpy's argsort for each batch. An epoch is its training part: all batches, with callbacks,
+recorder and optimizer; nothing is evaluated in either. Two things are timed in turn, at least seven times; a ratio is the median of the ratios of
+the pairs. Each part writes results/speed_PART.json.
+"""
+import copy, json, statistics, subprocess, sys, time, warnings, numpy as np, torch
+import torch.nn.functional as F
+from pathlib import Path
+from fastcore.script import call_parse
+from fastai.vision.all import Adam, Callback, Learner, ProgressCallback, accuracy, noop, partial
+from fastai.callback.channelslast import ChannelsLast
+from fastai_jocor.all import *
+from fastai_jocor.bench import fast_adam, machine
+from fastai_jocor.callback import AutocastBF16, call_defined
+from fastai_jocor.data import InMemoryDataLoaders
+
+RESULTS = Path(__file__).resolve().parent/'results'
+
+class PerItem(torch.utils.data.Dataset):
+    "One image at a time, as a picture through `ToTensor`"
+    def __init__(self, images, labels):
+        from torchvision.transforms import ToTensor
+        self.images,self.labels,self.tfm = images,labels,ToTensor()
+    def __len__(self): return len(self.images)
+    def __getitem__(self, i):
+        from PIL import Image
+        return self.tfm(Image.fromarray(self.images[i])),int(self.labels[i])
+
+def pairwise_loss(zs, y, lam):
+    "The joint loss per item, pair by pair"
+    ce,k = sum(F.cross_entropy(z, y, reduction='none') for z in zs),len(zs)
+    kl = sum(F.kl_div(F.log_softmax(zs[n],1), F.softmax(zs[m],1), reduction='none').sum(1) for m in range(k) for n in range(k) if m != n)
+    return (1-lam)*ce + lam*kl
+
+def usual_epoch(nets, opt, loader, rate, lam=.9):
+    for m in nets: m.train()
+    for x,y in loader:
+        loss = pairwise_loss([m(x) for m in nets], y, lam)
+        order = np.argsort(loss.detach().cpu().numpy())
+        kept = torch.as_tensor(order[:int((1-rate)*len(y))])
+        opt.zero_grad()
+        loss[kept].mean().backward()
+        opt.step()
+
+def bare_epoch(nets, opt, loader):
+    for m in nets: m.train()
+    for x,y in loader:
+        x,y = x.as_subclass(torch.Tensor),y.as_subclass(torch.Tensor)
+        sum(F.cross_entropy(m(x), y) for m in nets).backward()
+        opt.step()
+        opt.zero_grad()
+
+class Clock(Callback):
+    "Seconds of the training part of an epoch"
+    order,run_valid = -100,False
+    def before_train(self): self.start = time.perf_counter()
+    def after_train(self): self.seconds = time.perf_counter()-self.start
+
+def seconds(f):
+    start = time.perf_counter()
+    f()
+    return time.perf_counter()-start
+
+def in_turn(fs, rounds):
+    "Times of each of several functions, called in turn and in changing order"
+    runs = {k: [] for k in fs}
+    for i in range(rounds):
+        for k in (list(fs) if i%2 else list(fs)[::-1]): runs[k].append(fs[k]())
+        print('  '.join(f'{k} {v[-1]:.4g} s' for k,v in runs.items()), flush=True)
+    return runs
+
+def ratio(a, b):
+    r = sorted(x/y for x,y in zip(a,b))
+    return dict(ratio=round(statistics.median(r),3), lowest=round(r[0],3), highest=round(r[-1],3), rounds=len(r), seconds=float(f'{statistics.median(a):.4g}'), other_seconds=float(f'{statistics.median(b):.4g}'))
+
+def learner(dls, model, opt_func=fast_adam, cbs=None):
+    learn = Learner(dls, model, opt_func=opt_func, metrics=accuracy, cbs=cbs)
+    learn.remove_cb(ProgressCallback)
+    learn.logger = noop
+    return learn
+
+def fitted(dls, make, k, rate, cbs=None, **kwargs):
+    "A function that trains k peers for an epoch and gives its seconds, after one epoch to warm up"
+    learn,clock,cb = learner(dls, make(), cbs=cbs),Clock(),JoCorCallback(k=k, forget_rate=rate, num_gradual=0, **kwargs)
+    def epoch(): learn.fit(1, 1e-3, cbs=[cb,clock]); return clock.seconds
+    epoch()
+    return epoch
+
+def usual(images, labels, make, k, rate):
+    "The same for the usual coding, with the number of workers that is fastest"
+    nets = [make() for _ in range(k)]
+    opt = torch.optim.Adam([p for m in nets for p in m.parameters()], lr=1e-3)
+    ds = PerItem(images, labels)
+    loaders = {w: torch.utils.data.DataLoader(ds, 128, shuffle=True, drop_last=True, num_workers=w) for w in (0,2)}
+    times = {w: seconds(lambda: usual_epoch(nets, opt, dl, rate)) for w,dl in loaders.items()}
+    best = min(times, key=times.get)
+    print(f'usual coding: {times[0]:.1f} s with 0 workers, {times[2]:.1f} s with 2', flush=True)
+    return lambda: seconds(lambda: usual_epoch(nets, opt, loaders[best], rate)), best
+
+def without_validation(dls):
+    "The validation set cut down to one batch, which is not timed"
+    images,labels = dls.train.store.images.numpy(),dls.train.store.targets.numpy()
+    idx = dls.train.pos.numpy()
+    return InMemoryDataLoaders.from_arrays(images, labels, valid=np.setdiff1d(np.arange(len(images)), idx)[:128], train=idx, bs=128), images[idx].squeeze(),labels[idx]
+
+def mnist(path, rounds, n):
+    dls,images,labels = without_validation(mnist_dls(path, 'symmetric:0.5', bs=128))
+    base,workers = usual(images, labels, jocor_mlp, 2, .5)
+    runs = in_turn(dict(usual_k2=base, k2=fitted(dls, jocor_mlp, 2, .5), k3=fitted(dls, jocor_mlp, 3, .5)), rounds)
+    return dict(workers=workers, items=len(images), k2_against_usual_k2=ratio(runs['k2'], runs['usual_k2']), k3_against_usual_k2=ratio(runs['k3'], runs['usual_k2']))
+
+def cifar(path, rounds, n):
+    dls,images,labels = without_validation(cifar10_dls(path, 'symmetric:0.5', bs=128, subset=n, progress=False))
+    base,workers = usual(images, labels, jocor_cnn, 2, .5)
+    fs = dict(usual_k2=base, k2=fitted(dls, jocor_cnn, 2, .5, [ChannelsLast()]), k3_bf16=fitted(dls, jocor_cnn, 3, .5, [ChannelsLast(), AutocastBF16()]))
+    runs = in_turn(fs, rounds)
+    return dict(workers=workers, items=len(images), k2_float32_against_usual_k2=ratio(runs['k2'], runs['usual_k2']), k3_bfloat16_against_usual_k2=ratio(runs['k3_bf16'], runs['usual_k2']))
+
+def made_up(n, shape, bs=128):
+    rs = np.random.RandomState(0)
+    return InMemoryDataLoaders.from_arrays(rs.randint(0, 256, (n+bs,*shape), dtype=np.uint8), np.arange(n+bs)%10, valid=range(n,n+bs), bs=bs)
+
+def one_step(make, shape, k, steps, rounds):
+    dls = made_up(128*steps, shape)
+    ours,plain = fitted(dls, make, k, .5),learner(dls, make())
+    nets = [make() for _ in range(k)]
+    opt = torch.optim.Adam([p for m in nets for p in m.parameters()], lr=1e-3, fused=True)
+    bare = lambda: seconds(lambda: bare_epoch(nets, opt, dls.train))
+    bare()
+    runs = in_turn(dict(ours=ours, bare=bare), rounds)
+    return dict(k=k, steps=steps, **ratio(runs['ours'], runs['bare']))
+
+def parts(k=3, steps=100):
+    "Where the time of a step of the perceptron goes, in microseconds; watching it costs some microseconds for each part"
+    dls,spent = made_up(128*steps, (28,28)),{}
+    learn,cb = learner(dls, jocor_mlp()),JoCorCallback(k=k, forget_rate=.5, num_gradual=0)
+    learn.fit(1, 1e-3, cbs=cb)
+    def watch(obj, name, part, when=lambda *a: True):
+        f = getattr(obj, name)
+        def timed(*args, **kwargs):
+            if not when(*args): return f(*args, **kwargs)
+            start = time.perf_counter()
+            try: return f(*args, **kwargs)
+            finally: spent[part] = spent.get(part, 0.) + time.perf_counter()-start
+        setattr(obj, name, timed)
+    training = lambda *a: learn.training
+    watch(learn.model, 'forward', 'forward', training); watch(learn, '_backward', 'backward'); watch(learn, '_step', 'optimizer')
+    watch(cb, 'batch_loss', 'loss')
+    for event in ('before_batch','after_pred','after_loss','before_step'): watch(cb, event, 'callback')
+    watch(learn.recorder, 'after_batch', 'recorder', training)
+    class Whole(Clock):
+        def after_train(self): spent['whole'] = time.perf_counter()-self.start
+    learn.fit(1, 1e-3, cbs=[cb,Whole()])
+    spent['data'] = seconds(lambda: [0 for _ in dls.train])
+    spent['callback'] -= spent['loss']
+    us = {k: round(v/steps*1e6) for k,v in spent.items()}
+    return us | dict(events_and_the_rest=us['whole']-sum(v for k,v in us.items() if k != 'whole'))
+
+def fastai_overhead(rounds, steps=200):
+    "A plain learner's step beyond the bare loop of one network, with every callback called at every event, and with only those that listen"
+    dls = made_up(128*steps, (28,28))
+    learn,clock,net = learner(dls, jocor_mlp()),Clock(),jocor_mlp()
+    opt = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
+    def before(): learn.fit(1, 1e-3, cbs=clock); return clock.seconds
+    def after():
+        learn._call_one = partial(call_defined, learn)
+        try: return before()
+        finally: del learn._call_one
+    slow = learner(dls, jocor_mlp(), Adam)
+    def python_adam(): slow.fit(1, 1e-3, cbs=clock); return clock.seconds
+    runs = in_turn(dict(before=before, after=after, bare=lambda: seconds(lambda: bare_epoch([net], opt, dls.train)), fastai_adam=python_adam), rounds)
+    us = {k: statistics.median(v)/steps*1e6 for k,v in runs.items()}
+    return dict(unit='microseconds a step', every_event=round(us['before']-us['bare']), only_those_that_listen=round(us['after']-us['bare']), step_fused_adam=round(us['before']), step_fastai_adam=round(us['fastai_adam']))
+
+def step(path, rounds, n):
+    out = {f'perceptron k={k}': one_step(jocor_mlp, (28,28), k, 200, rounds) for k in (2,3,5)}
+    out |= {f'7-layer network k={k}': one_step(jocor_cnn, (32,32,3), k, 3, rounds) for k in (2,3,5)}
+    return out | {'parts of a step, perceptron k=3': parts(), "fastai's own overhead": fastai_overhead(rounds)}
+
+def timed_loss(f, k, n, c, at_least=.3):
+    z,y = torch.randn(k,n,c, requires_grad=True),torch.randint(0, c, (n,))
+    def once():
+        f(z, y).mean().backward()
+        z.grad = None
+    once()
+    def many():
+        times,start = 0,time.perf_counter()
+        while time.perf_counter()-start < at_least: once(); times += 1
+        return (time.perf_counter()-start)/times
+    return many
+
+def loss(path, rounds, n):
+    ours,pairs = (lambda z,y: joint_loss(z, y, .9)),(lambda z,y: pairwise_loss(list(z), y, .9))
+    runs = in_turn(dict(ours=timed_loss(ours,10,256,1000), pairs=timed_loss(pairs,10,256,1000), k16=timed_loss(ours,16,256,1000), k2=timed_loss(ours,2,256,1000)), rounds)
+    return {'k=10, N=256, C=1000 against pairs': ratio(runs['ours'], runs['pairs']), 'k=16 against k=2, N=256, C=1000': ratio(runs['k16'], runs['k2'])}
+
+def megabytes(key): return int(next(l.split()[1] for l in open('/proc/self/status') if l.startswith(key)))/1024
+def peak(which, k=3):
+    "Megabytes that four steps add at their peak, in a process of its own"
+    dls = made_up(128*4, (32,32,3))
+    if which == 'ours':
+        learn,cb = learner(dls, jocor_cnn()),JoCorCallback(k=k, forget_rate=.5, num_gradual=0)
+        before = megabytes('VmRSS')
+        learn.fit(1, 1e-3, cbs=cb)
+    else:
+        net = jocor_cnn()
+        before = megabytes('VmRSS')
+        nets = [net] + [copy.deepcopy(net) for _ in range(k-1)]
+        bare_epoch(nets, torch.optim.Adam([p for m in nets for p in m.parameters()], lr=1e-3, fused=True), dls.train)
+    return megabytes('VmHWM') - before
+
+def memory(path, rounds, n):
+    mb = lambda which: float(subprocess.run([sys.executable,'-W','ignore',__file__,f'peak_{which}'], capture_output=True, text=True, check=True).stdout.split()[-1])
+    runs = {o: [mb(o) for _ in range(rounds)] for o in ('ours','bare')}
+    r = ratio(runs['ours'], runs['bare'])
+    return dict(k=3, ratio=r['ratio'], lowest=r['lowest'], highest=r['highest'], rounds=rounds, megabytes=r['seconds'], bare_megabytes=r['other_seconds'])
+
+@call_parse
+def main(
+    part:str, # mnist, cifar, step, loss or memory
+    path:str=None, # Folder of the data, for mnist and cifar
+    rounds:int=7, # Alternations, at least 7
+    n:int=1536, # Images of CIFAR-10
+    threads:int=0 # Processor threads; 0 for torch's default
+):
+    "Measure one part, print it and write results/speed_PART.json"
+    warnings.simplefilter('ignore')
+    if threads: torch.set_num_threads(threads)
+    if part.startswith('peak_'): return print(peak(part[5:]))
+    out = dict(globals()[part](path, rounds, n), machine=machine())
+    print(json.dumps(out, indent=1))
+    (RESULTS/(f'speed_{part}' + (f'_threads{threads}' if threads else '') + '.json')).write_text(json.dumps(out, indent=1)+'\n')
