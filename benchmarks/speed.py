@@ -4,6 +4,7 @@
     python benchmarks/speed.py cifar --path FOLDER    # epochs of a part of CIFAR-10 with the 7-layer network
     python benchmarks/speed.py step                   # a step against the bare loop, k = 2, 3, 5, and where its time goes
     python benchmarks/speed.py loss                   # the joint loss against a sum over pairs, and k = 16 against k = 2
+    python benchmarks/speed.py prune                  # pruned training against unpruned, k = 3, forget rates 0.5 and 0.8
     python benchmarks/speed.py memory                 # the peak of memory, k = 3, against the bare loop (Linux)
 
 FOLDER holds MNIST/raw (torchvision's layout) or cifar10/train. The usual coding is written down here from the formulas of the papers: a data set
@@ -203,6 +204,27 @@ def loss(path, rounds, n):
     runs = in_turn(dict(ours=timed_loss(ours,10,256,1000), pairs=timed_loss(pairs,10,256,1000), k16=timed_loss(ours,16,256,1000), k2=timed_loss(ours,2,256,1000)), rounds)
     return {'k=10, N=256, C=1000 against pairs': ratio(runs['ours'], runs['pairs']), 'k=16 against k=2, N=256, C=1000': ratio(runs['k16'], runs['k2'])}
 
+def prune_ratios(make, shape, rate, steps, rounds, cbs):
+    "Five epochs, which is as often as `approx` computes all losses, with each way of pruning against none"
+    dls = made_up(128*steps, shape)
+    def five(prune):
+        learn,clock,cb = learner(dls, make(), cbs=cbs()),Clock(),JoCorCallback(k=3, forget_rate=rate, num_gradual=0, prune=prune, refresh=5)
+        def run():
+            total = 0
+            for _ in range(5):
+                learn.fit(1, 1e-4, cbs=[cb,clock])
+                total += clock.seconds
+            return total
+        run()
+        return run
+    runs = in_turn({str(o): five(o) for o in (None,'exact','approx')}, rounds)
+    return {o: ratio(runs[o], runs['None']) for o in ('exact','approx')}
+
+def prune(path, rounds, n):
+    half = lambda: [ChannelsLast(), AutocastBF16()]
+    out = {f'perceptron, forget rate {r}': prune_ratios(jocor_mlp, (28,28), r, 100, rounds, list) for r in (.5,.8)}
+    return out | {f'7-layer network in bfloat16, forget rate {r}': prune_ratios(jocor_cnn, (32,32,3), r, 2, rounds, half) for r in (.5,.8)}
+
 def megabytes(key): return int(next(l.split()[1] for l in open('/proc/self/status') if l.startswith(key)))/1024
 def peak(which, k=3):
     "Megabytes that four steps add at their peak, in a process of its own"
@@ -226,7 +248,7 @@ def memory(path, rounds, n):
 
 @call_parse
 def main(
-    part:str, # mnist, cifar, step, loss or memory
+    part:str, # mnist, cifar, step, loss, prune or memory
     path:str=None, # Folder of the data, for mnist and cifar
     rounds:int=7, # Alternations, at least 7
     n:int=1536, # Images of CIFAR-10
