@@ -5,6 +5,7 @@
     python benchmarks/speed.py step                   # a step against the bare loop, k = 2, 3, 5, and where its time goes
     python benchmarks/speed.py loss                   # the joint loss against a sum over pairs, and k = 16 against k = 2
     python benchmarks/speed.py prune                  # pruned training against unpruned, k = 3, forget rates 0.5 and 0.8
+    python benchmarks/speed.py ways                   # what else was tried: stacked peers, compiled peers, channels-last, bfloat16, optimizers
     python benchmarks/speed.py memory                 # the peak of memory, k = 3, against the bare loop (Linux)
 
 FOLDER holds MNIST/raw (torchvision's layout) or cifar10/train. The usual coding is written down here from the formulas of the papers: a data set
@@ -225,6 +226,53 @@ def prune(path, rounds, n):
     out = {f'perceptron, forget rate {r}': prune_ratios(jocor_mlp, (28,28), r, 100, rounds, list) for r in (.5,.8)}
     return out | {f'7-layer network in bfloat16, forget rate {r}': prune_ratios(jocor_cnn, (32,32,3), r, 2, rounds, half) for r in (.5,.8)}
 
+def stacked_step(nets, x, y):
+    "Forward and backward over k networks as one, by `torch.func`"
+    from torch.func import functional_call, stack_module_state
+    ps,bs = stack_module_state(nets)
+    base = copy.deepcopy(nets[0]).to('meta')
+    f = torch.vmap(lambda p,b,x: functional_call(base, (p,b), (x,)), in_dims=(0,0,None), randomness='different')
+    def step():
+        F.cross_entropy(f(ps, bs, x).flatten(0,1), y.repeat(len(nets))).backward()
+        for p in ps.values(): p.grad = None
+    return step
+
+def looped_step(nets, x, y, half=False):
+    def step():
+        with torch.autocast('cpu', dtype=torch.bfloat16, enabled=half): zs = torch.stack([m(x) for m in nets])
+        F.cross_entropy(zs.float().flatten(0,1), y.repeat(len(nets))).backward()
+        for m in nets:
+            for p in m.parameters(): p.grad = None
+    return step
+
+def ways_of(make, x, k, rounds, times):
+    y,nets = torch.randint(0, 10, (len(x),)),[make() for _ in range(k)]
+    last = lambda ms: [copy.deepcopy(m).to(memory_format=torch.channels_last) for m in ms]
+    xl = x.to(memory_format=torch.channels_last)
+    fs = dict(loop=looped_step(nets, x, y), stacked=stacked_step(nets, x, y), channels_last=looped_step(last(nets), xl, y), channels_last_bfloat16=looped_step(last(nets), xl, y, True))
+    try:
+        compiled = looped_step([torch.compile(m) for m in last(nets)], xl, y)
+        first = seconds(compiled)
+        fs['channels_last_compiled'] = compiled
+    except Exception as e: first = f'no compiler: {type(e).__name__}'
+    many = lambda f: lambda: seconds(lambda: [f() for _ in range(times)])/times
+    for f in fs.values(): f()
+    runs = in_turn({name: many(f) for name,f in fs.items()}, rounds)
+    return dict(k=k, seconds_to_compile=first, **{f'{name} against loop': ratio(runs[name], runs['loop']) for name in fs if name != 'loop'})
+
+def optimizers(rounds, k=3):
+    nets = [jocor_mlp() for _ in range(k)]
+    ps = [p for m in nets for p in m.parameters()]
+    for p in ps: p.grad = torch.randn_like(p)*1e-3
+    fs = dict(fused=fast_adam(ps, lr=1e-3), foreach=torch.optim.Adam(ps, lr=1e-3, foreach=True), fastai=Adam(ps, lr=1e-3))
+    def many(o): return lambda: seconds(lambda: [o.step() for _ in range(100)])/100
+    for o in fs.values(): o.step()
+    runs = in_turn({name: many(o) for name,o in fs.items()}, rounds)
+    return {f'{name} Adam against fused': ratio(runs[name], runs['fused']) for name in ('foreach','fastai')}
+
+def ways(path, rounds, n):
+    return {'perceptron, batch 128': ways_of(jocor_mlp, torch.rand(128,1,28,28), 3, rounds, 30), '7-layer network, batch 64': ways_of(jocor_cnn, torch.rand(64,3,32,32), 3, rounds, 1), 'optimizer, perceptron k=3': optimizers(rounds)}
+
 def megabytes(key): return int(next(l.split()[1] for l in open('/proc/self/status') if l.startswith(key)))/1024
 def peak(which, k=3):
     "Megabytes that four steps add at their peak, in a process of its own"
@@ -248,7 +296,7 @@ def memory(path, rounds, n):
 
 @call_parse
 def main(
-    part:str, # mnist, cifar, step, loss, prune or memory
+    part:str, # mnist, cifar, step, loss, prune, ways or memory
     path:str=None, # Folder of the data, for mnist and cifar
     rounds:int=7, # Alternations, at least 7
     n:int=1536, # Images of CIFAR-10
