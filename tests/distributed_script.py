@@ -5,7 +5,7 @@ os.environ['ACCELERATE_USE_CPU'] = 'true'
 from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, nn, noop, num_distrib, rank_distrib, set_seed
 from fastai.distributed import *
 from fastai_jocor.all import *
-from fastai_jocor.bench import fast_adam
+from fastai.optimizer import OptimWrapper
 
 def net(): return jocor_mlp(10, 64, 32)
 
@@ -17,7 +17,7 @@ class Keep(Callback):
 def main(out, select, n, method='JoCorCallback'):
     torch.manual_seed(100+rank_distrib())
     dls = digits_dls(noise=Symmetric(.4), bs=32, drop_last=False, valid=1-n/1797, device='cpu')
-    learn = Learner(dls, net(), opt_func=fast_adam)
+    learn = Learner(dls, net(), opt_func=lambda ps, **kw: OptimWrapper(ps, opt=torch.optim.SGD, **kw))
     learn.logger = noop
     cb = globals()[method](k=3, select=select, num_gradual=0)
     keep = Keep(cb)
@@ -26,7 +26,7 @@ def main(out, select, n, method='JoCorCallback'):
         learn.fit(1, 0., cbs=JoCorCallback(k=3, num_gradual=0))
         start = {k: v.clone() for k,v in learn.model.state_dict().items() if k != 'run_state'}
         learn.opt = None
-        learn.fit(2, 1e-3, cbs=[cb,keep])
+        learn.fit(2, .1, cbs=[cb,keep])
         final = {k: v.clone() for k,v in learn.model.state_dict().items() if k != 'run_state'}
         valid = learn.validate()
     torch.save(dict(start=start, final=final, batches=keep.batches, history=cb.history.to_dict('list'), valid=list(valid), n=len(dls.train_ds), idxs=None), Path(out)/f'rank{rank_distrib()}.pt')

@@ -23,7 +23,7 @@ def losses(nets, x, y): return joint_loss(torch.stack([m(x) for m in nets]), y, 
 def one_process(ranks, select):
     "The same batches in one process; also how many items it keeps and how many are clean among them, without the repeats"
     nets = nets_of(ranks[0]['start'])
-    opt = torch.optim.Adam([p for m in nets for p in m.parameters()], lr=1e-3)
+    opt = torch.optim.SGD([p for m in nets for p in m.parameters()], lr=.1)
     kept = []
     for (x0,y0,rate),(x1,y1,_) in zip(ranks[0]['batches'], ranks[1]['batches']):
         parts,n = [losses(nets,x0,y0), losses(nets,x1,y1)],len(y0)+len(y1)
@@ -80,7 +80,7 @@ def test_two_processes_teach_as_one(tmp_path, method, select):
     a,b = two_processes(tmp_path, select, 1002, method)
     assert a['n'] % 2 == 0 and all(torch.equal(a['final'][k], b['final'][k]) for k in a['start'])
     nets,kept = nets_of(a['start']),0
-    opt = torch.optim.Adam([p for m in nets for p in m.parameters()], lr=1e-3)
+    opt = torch.optim.SGD([p for m in nets for p in m.parameters()], lr=.1)
     for i,((x0,y0,rate),(x1,y1,_)) in enumerate(zip(a['batches'], b['batches'])):
         parts = [(torch.cat([x0,x1]),torch.cat([y0,y1]))] if select == 'global' else [(x0,y0),(x1,y1)]
         losses,counts = zip(*[taught(nets, x, y, rate, 'Plus' in method) for x,y in parts])
