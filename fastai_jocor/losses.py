@@ -6,7 +6,7 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/losses.html.md"""
 
 # %% auto #0
 __all__ = ['contrasts', 'check_number', 'check_contrast', 'check_co_lambda', 'peer_log_probs', 'n_terms', 'ClosedKL',
-           'peer_contrast', 'joint_loss', 'plain_lambda', 'joint_loss_multi']
+           'peer_contrast', 'peer_losses', 'joint_loss', 'plain_lambda', 'joint_loss_multi']
 
 # %% ../nbs/00_losses.ipynb #7d5a47da
 import torch
@@ -81,6 +81,21 @@ def peer_contrast(
     return _contrast(peer_log_probs(logits), kind)
 
 # %% ../nbs/00_losses.ipynb #ab73d059
+def peer_losses(
+    logits:Tensor, # Logits of the peers, shape (k, N, C), any floating dtype
+    targ:Tensor, # Given labels, shape (N,), class indices in [0, C)
+    loss_func=None, # Per-sample loss `f(logits (N, C), targ) -> (N,)`, called once a peer; `None` for cross-entropy
+    log_probs:Tensor=None # `peer_log_probs(logits)` where they are at hand, so that they are not computed again
+)->Tensor: # Shape (k, N), float32 or wider
+    "Measure how badly each peer fits the given labels"
+    lp = peer_log_probs(logits) if log_probs is None else log_probs
+    if targ.shape != lp.shape[1:2] or targ.is_floating_point(): raise ValueError(f"targ of shape {tuple(targ.shape)} and type {targ.dtype} must hold {lp.shape[1]} class indices: one integer per item")
+    if loss_func is None: return -lp.gather(-1, targ.long().expand(len(lp),-1)[...,None])[...,0]
+    losses = [loss_func(z, targ) for z in logits.to(lp.dtype)]
+    if losses[0].shape != targ.shape[:1]:
+        raise ValueError(f"loss_func={loss_func!r} returned shape {tuple(losses[0].shape)} for {len(targ)} items: it must give one loss per item (reduction='none')")
+    return torch.stack(losses)
+
 def joint_loss(
     logits:Tensor, # Logits of the peers, shape (k, N, C), any floating dtype
     targ:Tensor, # Given labels, shape (N,), class indices in [0, C)
@@ -92,18 +107,9 @@ def joint_loss(
     "Weigh how badly k peers fit the given labels against how far they are apart (JoCoR, equation 4)"
     check_co_lambda(co_lambda)
     lp = peer_log_probs(logits) if log_probs is None else log_probs
-    if targ.shape != lp.shape[1:2] or targ.is_floating_point(): raise ValueError(f"targ of shape {tuple(targ.shape)} and type {targ.dtype} must hold {lp.shape[1]} class indices: one integer per item")
     k,terms = len(lp),n_terms(len(lp), contrast)
-    ce = _fit_loss(lp, logits, targ, loss_func)
+    ce = peer_losses(logits, targ, loss_func, lp).sum(0)
     return (1-co_lambda)*ce + co_lambda*k/terms*_contrast(lp, contrast) if terms else ce
-
-def _fit_loss(lp, logits, targ, loss_func):
-    "Sum over the peers of the loss against the given labels, shape (N,)"
-    if loss_func is None: return -lp.gather(-1, targ.long().expand(len(lp),-1)[...,None]).sum((0,-1))
-    losses = [loss_func(z, targ) for z in logits.to(lp.dtype)]
-    if losses[0].shape != targ.shape[:1]:
-        raise ValueError(f"loss_func={loss_func!r} returned shape {tuple(losses[0].shape)} for {len(targ)} items: it must give one loss per item (reduction='none')")
-    return torch.stack(losses).sum(0)
 
 # %% ../nbs/00_losses.ipynb #44e24a3d
 def plain_lambda(

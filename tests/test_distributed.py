@@ -23,7 +23,7 @@ def losses(nets, x, y): return joint_loss(torch.stack([m(x) for m in nets]), y, 
 def one_process(ranks, select):
     "The same batches in one process; also how many items it keeps and how many are clean among them, without the repeats"
     nets = nets_of(ranks[0]['start'])
-    opt = torch.optim.Adam([p for m in nets for p in m.parameters()], lr=1e-3)
+    opt = torch.optim.SGD([p for m in nets for p in m.parameters()], lr=.1)
     kept = []
     for (x0,y0,rate),(x1,y1,_) in zip(ranks[0]['batches'], ranks[1]['batches']):
         parts,n = [losses(nets,x0,y0), losses(nets,x1,y1)],len(y0)+len(y1)
@@ -61,3 +61,33 @@ def test_two_processes_are_one(tmp_path, select):
     other = one_process((a,b), 'local' if select=='global' else 'global')[0]
     assert any((p-q).abs().max() > 1e-4 for m,t in zip(nets,other) for p,q in zip(m.parameters(), t.parameters()))
     assert a['valid'] == b['valid']
+
+def taught(nets, x, y, rate, plus):
+    "Mean loss of each of three networks over what the next one chose among (x, y), and how many items these are"
+    zs = [m(x) for m in nets]
+    each,best = [F.cross_entropy(z, y, reduction='none') for z in zs],[z.argmax(-1) for z in zs]
+    total,n = 0.,0
+    for m,t in ((0,1),(1,2),(2,0)):
+        among = np.flatnonzero((best[m] != best[t]).numpy() | (not plus))
+        if not len(among): continue
+        sel = among[np.argsort(each[t].detach().numpy()[among], kind='stable')[:max(int((1-rate)*len(among)), 1)]]
+        total,n = total + each[m][torch.as_tensor(sel)].mean(),n+len(sel)
+    return total,n
+
+@pytest.mark.parametrize('select', ('global','local'))
+@pytest.mark.parametrize('method', ('CoTeachingCallback','CoTeachingPlusCallback'))
+def test_two_processes_teach_as_one(tmp_path, method, select):
+    a,b = two_processes(tmp_path, select, 1002, method)
+    assert a['n'] % 2 == 0 and all(torch.equal(a['final'][k], b['final'][k]) for k in a['start'])
+    nets,kept = nets_of(a['start']),0
+    opt = torch.optim.SGD([p for m in nets for p in m.parameters()], lr=.1)
+    for i,((x0,y0,rate),(x1,y1,_)) in enumerate(zip(a['batches'], b['batches'])):
+        parts = [(torch.cat([x0,x1]),torch.cat([y0,y1]))] if select == 'global' else [(x0,y0),(x1,y1)]
+        losses,counts = zip(*[taught(nets, x, y, rate, 'Plus' in method) for x,y in parts])
+        opt.zero_grad(); (sum(losses)/len(parts)).backward(); opt.step()
+        if i < len(a['batches'])//2: kept += sum(counts)/3
+    for m,t,s in zip(nets_of(a['final']), nets, nets_of(a['start'])):
+        for p,q,o in zip(m.parameters(), t.parameters(), s.parameters()):
+            torch.testing.assert_close(p, q, atol=1e-5, rtol=0)
+            assert not torch.equal(q, o)
+    assert a['history']['kept'] == b['history']['kept'] and a['history']['kept'][0] == pytest.approx(kept/a['n'], rel=1e-6)
