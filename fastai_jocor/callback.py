@@ -613,13 +613,13 @@ class PeersCallback(ColumnsCallback):
         if self.world > 1: seen = {name: gather_rows(o) for name,o in seen.items()}
         seen,idx = {name: o[~seen['repeated']] for name,o in seen.items()},None
         if self.pos is not None: idx = seen['idx']
-        scored,kept = ~seen['loss'].isnan(),seen['kept'].double()
+        scored,kept = ~seen['loss'].isnan().cpu(),seen['kept'].cpu().double()
         share = lambda a,b: float(a)/float(b) if b else float('nan')
-        clean = None if self.flags is None or idx is None else self.flags[idx]
+        clean = None if self.flags is None or idx is None else self.flags[idx].cpu()
         known = [] if self.noise is None else [float('nan')]*2 if clean is None else [share(kept[clean].sum(), kept.sum()), share(kept[clean].sum(), clean.sum())]
         if idx is not None and not self.finding:
             self.items.update(idx, *(seen[o] for o in ('loss','prob','vote','as_given','agree','kept')))
-        return [self.rate, share(kept.sum(), len(kept)), share(seen['agree'][scored].sum(), scored.sum()), *known, int(seen['loss'].isinf().sum())]
+        return [self.rate, share(kept.sum(), len(kept)), share(seen['agree'].cpu()[scored].sum(), scored.sum()), *known, int(seen['loss'].isinf().sum())]
 
     def after_epoch(self):
         trained = self.figures is not None and not self.finding
