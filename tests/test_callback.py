@@ -166,8 +166,8 @@ def test_pretrained_body_is_copied():
     a,b = learn.model.peers
     assert torch.equal(a[1].weight, b[1].weight) and not torch.equal(a[3].weight, b[3].weight)
 
-@pytest.mark.parametrize('k', (1,3))
-def test_the_step_does_not_synchronise(k, monkeypatch):
+@pytest.mark.parametrize('k,kw', ((1,dict()),(3,dict()),(3,dict(prune='exact')),(3,dict(prune='approx', refresh=2))))
+def test_the_step_does_not_synchronise(k, kw, monkeypatch):
     "What the callback does on a GPU, seen on a CPU: nothing in a step reads a value, or gives a tensor whose shape depends on one"
     from torch.utils._python_dispatch import TorchDispatchMode
     seen = []
@@ -192,16 +192,33 @@ def test_the_step_does_not_synchronise(k, monkeypatch):
         def _reads_are_free(self): return False
         def __call__(self, event):
             if event not in ('before_batch','after_pred','after_loss','before_step','after_batch') or not self.learn.training: return super().__call__(event)
+            return self.watched(super().__call__, event)
+        def watched(self, f, *args):
             both = Both()
             both.__enter__()
-            try: return super().__call__(event)
+            try: return f(*args)
             finally: both.__exit__(None,None,None)
+        def prune_batch(self): self.watched(super().prune_batch)
     monkeypatch.setattr(Sightings, 'every', 4)
     learn,loose = digits(),digits()
-    learn.fit(2, 1e-3, cbs=Strict(k=k, seed=1))
+    learn.fit(2, 1e-3, cbs=Strict(k=k, seed=1, **kw))
     assert torch.ops.aten.topk.default in seen and torch.ops.aten._log_softmax.default in seen and torch.ops.aten.cat.default in seen
-    loose.fit(2, 1e-3, cbs=JoCorCallback(k=k, seed=1))
+    loose.fit(2, 1e-3, cbs=JoCorCallback(k=k, seed=1, **kw))
     for a,b in zip(learn.model.parameters(), loose.model.parameters()): assert torch.equal(a, b)
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('kw', (dict(), dict(prune='exact'), dict(prune='approx', refresh=2)))
+def test_the_step_does_not_synchronise_on_a_gpu(kw):
+    class Strict(JoCorCallback):
+        def __call__(self, event):
+            if event not in ('before_batch','after_pred','after_loss','before_step','after_batch') or not self.learn.training or self.learn.iter == 0: return super().__call__(event)
+            return self.watched(super().__call__, event)
+        def watched(self, f, *args):
+            torch.cuda.set_sync_debug_mode('error')
+            try: return f(*args)
+            finally: torch.cuda.set_sync_debug_mode('default')
+        def prune_batch(self): self.watched(super().prune_batch)
+    digits().fit(3, 1e-3, cbs=Strict(k=3, **kw))
 
 class Stop(Callback):
     "Raise in an event of the third batch of the second epoch"
