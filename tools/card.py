@@ -20,13 +20,13 @@ def draw(out=IMAGES/'card.png'):
     fig = plt.figure(figsize=(w/100, h/100), dpi=100, facecolor='#10202e')
     ax = fig.add_axes((0,0,1,1), xlim=(0,w), ylim=(h,0))
     ax.axis('off')
-    scale,left,top = 5.2,60,120
+    scale,left,top = 5.2,50,150
     for c in circles():
         ax.add_patch(plt.Circle((left+scale*c['xy'][0], top+scale*c['xy'][1]), scale*c['r'], fc=c['fill'], ec=c['stroke'], lw=scale*c['width']*72/100))
     text = dict(color='white', va='center', fontfamily='DejaVu Sans')
-    ax.text(440, 170, 'fastai_jocor', fontsize=56, fontweight='bold', **text)
-    ax.text(440, 275, 'Train several networks together\non noisy labels, in one line of fastai', fontsize=24, linespacing=1.5, **text)
-    ax.text(440, 400, 'learn.fit_one_cycle(n, cbs=JoCorCallback(k=3))', fontsize=18, **{**text, 'fontfamily': 'DejaVu Sans Mono', 'color': '#ffc27d'})
+    ax.text(440, 205, 'fastai_jocor', fontsize=56, fontweight='bold', **text)
+    ax.text(440, 310, 'Train several networks together\non noisy labels, in one line of fastai', fontsize=24, linespacing=1.5, **text)
+    ax.text(440, 435, 'learn.fit_one_cycle(n, cbs=JoCorCallback(k=3))', fontsize=18, **{**text, 'fontfamily': 'DejaVu Sans Mono', 'color': '#ffc27d'})
     fig.savefig(out, dpi=100, facecolor=fig.get_facecolor(), metadata=dict(Software=None))
     plt.close(fig)
 
