@@ -117,10 +117,12 @@ FLAGS = ['--headless','--no-sandbox','--disable-gpu','--disable-quic','--no-firs
 class Chrome:
     "Chromium, spoken to through two pipes"
     def __init__(self, exe, profile):
+        import fcntl
         (r1,w1),(r2,w2) = os.pipe(),os.pipe()
-        self.proc = subprocess.Popen(['/bin/sh','-c',f'exec "$0" "$@" 3<&{r1} 4>&{w2}', exe, *FLAGS, f'--user-data-dir={profile}', 'about:blank'],
-                                     pass_fds=(r1,w2), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        os.close(r1); os.close(w2)
+        ends = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in (r1,w2)]
+        self.proc = subprocess.Popen([exe, *FLAGS, f'--user-data-dir={profile}', 'about:blank'], close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                     preexec_fn=lambda: [os.dup2(fd, to) for fd,to in zip(ends, (3,4))])
+        for fd in (r1,w2,*ends): os.close(fd)
         self.w,self.r,self.n,self.events,self.session = os.fdopen(w1,'wb',0),os.fdopen(r2,'rb'),0,[],None
 
     def call(self, method, **params):
