@@ -50,6 +50,7 @@ def test_stops_in_time_and_goes_on(slug, runs, tmp_path, monkeypatch):
     epochs = lambda name: pd.read_csv(tmp_path/'out'/'runs'/name/'history.csv').epoch.tolist() if (tmp_path/'out'/'runs'/name).joinpath('history.csv').exists() else []
     said = run(slug, "epochs,hours = 4,0")
     assert f'{runs[0]}: stopped after 1 of 4 epochs' in said and epochs(runs[0]) == [0] and epochs(runs[1]) == []
+    assert not (tmp_path/'out'/'suspects.csv').exists()
     (tmp_path/'out').rename(tmp_path/'earlier')                       # the output of that version, attached to the next
     (tmp_path/'kaggle_input'/'version-1').mkdir(parents=True)
     (tmp_path/'earlier'/'runs').rename(tmp_path/'kaggle_input'/'version-1'/'runs')
