@@ -2,7 +2,10 @@
 
   demo    train on noisy digits with one, two and three networks, and show the result
   test    run all tests (options go to pytest, such as: -k losses)
-  docs    run the notebooks, render README.md, and check the documentation
+  docs    render README.md and check the documentation; --run runs the notebooks first and keeps
+          what they show, --check only checks, --site builds the site into _docs and checks its pages,
+          --shots FOLDER keeps pictures of them, where Chromium is installed
+  kaggle  print the commands that put the notebooks under kaggle/ onto Kaggle
   help    this text
 
 The first call makes .venv and installs the project into it; later calls start at once.
@@ -48,13 +51,17 @@ def demo(args): call(BIN/'jocor_demo', *args, env={**os.environ, 'PYTHONWARNINGS
 def test(args): call(PYTHON, '-m', 'pytest', *args)
 def docs(args): call(PYTHON, ROOT/'tools'/'docs.py', *args)
 
+def kaggle(args):
+    print('With the kaggle command (pip install kaggle) and a token of yours; for an account of your own,\nchange fastai-jocor in the ids of kernel-metadata.json to your name:\n')
+    for p in sorted((ROOT/'kaggle').glob('*/kernel-metadata.json')): print(f'kaggle kernels push -p {p.parent.relative_to(ROOT).as_posix()}')
+
 def main(verb='help', *args):
-    verbs = dict(demo=demo, test=test, docs=docs)
+    verbs = dict(demo=demo, test=test, docs=docs, kaggle=kaggle)
     if verb not in verbs:
         print(__doc__)
         sys.exit(verb not in ('help', '-h', '--help'))
     if sys.version_info < (3, 10): sys.exit(f'fastai_jocor needs Python 3.10 or newer, not {sys.version.split()[0]}')
-    setup()
+    if verb != 'kaggle': setup()
     verbs[verb](args)
 
 if __name__ == '__main__': main(*sys.argv[1:])

@@ -3,6 +3,7 @@
     python tools/docs.py            # README and checks
     python tools/docs.py --run      # run every notebook first, and save what it shows
     python tools/docs.py --check    # only say what is not as it should be
+    python tools/docs.py --site     # build the site too, and check its pages; --shots FOLDER keeps pictures of them
 """
 import json, re, sys
 from pathlib import Path
@@ -72,6 +73,9 @@ def main(*args):
     if '--check' in args:
         if (ROOT/'README.md').read_text(encoding='utf-8') != text: found.append('README.md is not what nbs/index.ipynb gives: run python3 dev.py docs')
     else: (ROOT/'README.md').write_text(text, encoding='utf-8', newline='\n')
+    if '--site' in args:
+        import website
+        found += website.main(args[args.index('--shots')+1] if '--shots' in args else None)
     for o in found: print(o)
     print(f'{len(notebooks())} notebooks, {len(found)} problems')
     return int(bool(found))

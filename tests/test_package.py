@@ -1,0 +1,57 @@
+"The wheel and the source distribution hold what they should and nothing else."
+import importlib.util, shutil, subprocess, sys, tarfile, zipfile, pytest
+from email import message_from_string
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT/'tools'))
+import sync_settings
+
+pytestmark = pytest.mark.skipif(not (importlib.util.find_spec('build') and importlib.util.find_spec('setuptools')), reason='needs build and setuptools')
+
+@pytest.fixture(scope='module')
+def dist(tmp_path_factory):
+    "Both distributions, built from what git holds"
+    src,out = tmp_path_factory.mktemp('src'),tmp_path_factory.mktemp('dist')
+    files = subprocess.run(['git','ls-files','-co','--exclude-standard'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    for f in files:
+        if (ROOT/f).is_file():
+            (src/f).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT/f, src/f)
+    p = subprocess.run([sys.executable,'-m','build','--no-isolation','--outdir',out,src], capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr[-2000:]
+    return out
+
+def modules(): return {f'fastai_jocor/{p.name}' for p in (ROOT/'fastai_jocor').glob('*.py')}
+
+def test_wheel(dist):
+    wheel, = dist.glob('*.whl')
+    s = sync_settings.read_settings()
+    assert wheel.name == f"fastai_jocor-{s['version']}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as z: names,info = set(z.namelist()),f"fastai_jocor-{s['version']}.dist-info"
+    assert {n for n in names if not n.startswith(info)} == modules()
+    assert {n[len(info)+1:] for n in names if n.startswith(info)} == {'METADATA','WHEEL','RECORD','top_level.txt','entry_points.txt','licenses/LICENSE'}
+    assert wheel.stat().st_size < 200_000
+
+def test_metadata(dist):
+    wheel, = dist.glob('*.whl')
+    s = sync_settings.read_settings()
+    with zipfile.ZipFile(wheel) as z:
+        read = lambda end: next(z.read(n).decode() for n in z.namelist() if n.endswith(end))
+        meta,points = message_from_string(read('.dist-info/METADATA')),read('entry_points.txt')
+    assert meta['Name'] == s['lib_name'] and meta['Version'] == s['version'] and meta['License-Expression'] == 'Apache-2.0' and meta['Requires-Python'] == f">={s['min_python']}"
+    assert meta['Description-Content-Type'] == 'text/markdown' and meta['Summary'] == s['description']
+    required = [r for r in meta.get_all('Requires-Dist') if 'extra ==' not in r]
+    assert len(required) == len(s['requirements'].split()) and any(r.startswith('torch>=') for r in required)
+    assert 'jocor_train = fastai_jocor.bench:jocor_train' in points and 'jocor_demo = fastai_jocor.bench:jocor_demo' in points
+
+def test_sdist(dist):
+    sdist, = dist.glob('*.tar.gz')
+    with tarfile.open(sdist) as t: names = {n.partition('/')[2] for n in t.getnames() if t.getmember(n).isfile()}
+    kept = {n for n in names if not n.startswith('fastai_jocor.egg-info/')}
+    assert kept == modules() | {'LICENSE','MANIFEST.in','README.md','pyproject.toml','setup.cfg','PKG-INFO'}
+
+def test_twine(dist):
+    if importlib.util.find_spec('twine') is None: pytest.skip('needs twine')
+    p = subprocess.run([sys.executable,'-m','twine','check','--strict',*dist.iterdir()], capture_output=True, text=True)
+    assert p.returncode == 0 and p.stdout.count('PASSED') == 2, p.stdout + p.stderr
