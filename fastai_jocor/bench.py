@@ -8,7 +8,7 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/bench.html.md"""
 __all__ = ['methods', 'PeerAccuracy', 'PaperSchedule', 'PlainTable', 'Method', 'fast_adam', 'RunConfig', 'run_learner',
            'run_history', 'summarise', 'machine', 'Checkpoint', 'run', 'save_run', 'plot_history', 'run_dir',
            'finished', 'one_thread', 'holder', 'GridProgress', 'check_data', 'check_grid', 'run_grid', 'grid_frame',
-           'compare', 'plot_compare', 'grid_configs', 'read_grid', 'jocor_train', 'jocor_bench', 'demo_configs',
+           'compare', 'band', 'plot_compare', 'grid_configs', 'read_grid', 'jocor_train', 'jocor_bench', 'demo_configs',
            'jocor_demo']
 
 # %% ../nbs/07_bench.ipynb #dc9e6635
@@ -579,17 +579,25 @@ def compare(
     res = df.groupby('name', sort=False)[[c for c in cols if c in df]].agg(_mean_std).rename(columns=cols)
     return res.where(~res.isin(['nan ± nan','nan']), '–').rename_axis('method')
 
+def band(
+    ax, # Axes to draw on
+    histories:list, # Of the runs of one method
+    column:str, # What to draw; nothing is drawn if a history lacks it
+    **kwargs # To `plot`
+):
+    "Draw the mean of several runs against the epoch, and a band from the lowest to the highest"
+    if any(column not in h for h in histories): return
+    y = np.stack([h[column].values for h in histories])
+    line, = ax.plot(y.mean(0), **kwargs)
+    if len(y) > 1: ax.fill_between(range(y.shape[1]), y.min(0), y.max(0), color=line.get_color(), alpha=.2, lw=0)
+
 def plot_compare(
     histories:dict # From a method's name to the histories of its runs
 ):
     "Plot test accuracy and label precision against the epoch: mean over the runs, and a band from the lowest to the highest"
     fig,axs = plt.subplots(1, 2, figsize=(10,3.8), layout='constrained')
     for (name,hs),color in zip(histories.items(), ('tab:gray','tab:orange','tab:blue','tab:green','tab:red','tab:purple')):
-        for ax,col in zip(axs, ('accuracy','label_precision')):
-            if any(col not in h for h in hs): continue
-            y = np.stack([h[col].values for h in hs])
-            ax.plot(y.mean(0), color=color, label=name, lw=2)
-            ax.fill_between(range(y.shape[1]), y.min(0), y.max(0), color=color, alpha=.2, lw=0)
+        for ax,col in zip(axs, ('accuracy','label_precision')): band(ax, hs, col, color=color, label=name, lw=2)
     axs[0].set(title='test accuracy', xlabel='epoch'); axs[1].set(title='label precision: share of clean labels among the kept', xlabel='epoch')
     for ax in axs: ax.grid(alpha=.3); ax.legend(loc='lower right')
     return fig
