@@ -712,7 +712,7 @@ def jocor_train(
     print(f'written to {out}')
 
 # %% ../nbs/07_bench.ipynb #5c10000c
-@call_parse
+@call_parse(pos=['grid'])
 def jocor_bench(
     grid:str=None, # YAML file with the grid; the fields below replace its own
     out:str=None, # Output folder; default: runs/NAME of the file
