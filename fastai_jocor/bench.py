@@ -268,6 +268,12 @@ def _write(path, text):
     with _aside(path) as tmp: tmp.write_text(text, encoding='utf-8')
 
 # %% ../nbs/07_bench.ipynb #5c100005
+def _plain(o):
+    "Values that `torch.load` reads without running anything: plain tensors, numbers and containers"
+    if isinstance(o, dict): return {k: _plain(v) for k,v in o.items()}
+    if isinstance(o, (list,tuple,L)): return [_plain(v) for v in o]
+    return o.item() if isinstance(o, np.generic) else o.as_subclass(Tensor) if isinstance(o, Tensor) else o
+
 class Checkpoint(Callback):
     "Write what a run needs to go on after it was killed, and go on from there"
     order = 62
@@ -288,10 +294,13 @@ class Checkpoint(Callback):
 
     def load(self, learn):
         "Bring a learner to where the checkpoint was written; one that cannot be read, or of another configuration, is left out"
+        if not self.file.exists(): return
         try:
             state = torch.load(self.file, weights_only=True)
             if RunConfig(**state['config']).plain() != self.cfg.plain(): return
-        except Exception: return
+        except Exception as e:
+            warnings.warn(f'{self.file} cannot be read ({type(e).__name__}: {e}): the run starts anew')
+            return
         if state['peers']: learn.to_peers(state['peers'])
         elif learn.opt is None: learn.create_opt()
         learn.model.load_state_dict(state['model'])
@@ -316,8 +325,8 @@ class Checkpoint(Callback):
 
     def save(self):
         smooth = self.recorder.smooth_loss
-        state = dict(config=asdict(self.cfg), epoch=self.epoch, peers=self.model.k if isinstance(self.model, Peers) else 0, model=self.model.state_dict(), opt=self.opt.state_dict(),
-                     parts=[o.state_dict() for o in self.parts], rows=self.history().to_dict('list'), seconds=self.elapsed(), smooth=(smooth.count, smooth.val), random=random_states(self.dls))
+        state = dict(config=asdict(self.cfg), epoch=self.epoch, peers=self.model.k if isinstance(self.model, Peers) else 0, model=self.model.state_dict(), opt=_plain(self.opt.state_dict()),
+                     parts=_plain([o.state_dict() for o in self.parts]), rows=self.history().to_dict('list'), seconds=self.elapsed(), smooth=_plain((smooth.count, smooth.val)), random=random_states(self.dls))
         with _aside(self.file) as tmp: torch.save(state, tmp)
         self.last = time.perf_counter()
 
