@@ -20,14 +20,18 @@ def epoch(f, key=lambda o: int(o.read_text())):
     except Exception: return -1
 
 class Slow(bench.Checkpoint):
-    "Leave time to be killed between two epochs"
+    "Leave time to be killed between two epochs, and note where a run goes on"
+    def before_fit(self):
+        super().before_fit()
+        with open(self.out/'starts', 'a') as f: f.write(f'{self.start}\n')
+
     def after_epoch(self):
         super().after_epoch()
         time.sleep(.03)
 
 def kill(root):
     res,bench.Checkpoint = {},Slow
-    for cfg in (RunConfig(method='standard', epochs=40), RunConfig(k=2, epochs=40, schedule='one_cycle'), RunConfig(k=3, epochs=40)):
+    for cfg in (RunConfig(method='standard', epochs=40), RunConfig(k=3, epochs=40, schedule='one_cycle')):
         whole,cut,kills = root/cfg.name/'whole',root/cfg.name/'cut',[]
         assert ended(in_child(run_grid, [cfg], whole, None, 1))
         d,last = run_dir(cut, cfg),-1
@@ -42,7 +46,7 @@ def kill(root):
             last = at
             kills.append(dict(checkpoint=at, files=sorted(p.name for p in d.iterdir()), finished=finished(d, cfg) is not None))
         assert ended(in_child(run_grid, [cfg], cut, None, 1))
-        res[cfg.name] = dict(kills=kills, files=sorted(p.name for p in d.iterdir()), **{n: dict(history=(run_dir(p,cfg)/'history.csv').read_text(), result=finished(run_dir(p,cfg), cfg)) for n,p in (('whole',whole),('cut',cut))})
+        res[cfg.name] = dict(kills=kills, files=sorted(p.name for p in d.iterdir()), starts=(d/'starts').read_text().split(), **{n: dict(history=(run_dir(p,cfg)/'history.csv').read_text(), result=finished(run_dir(p,cfg), cfg)) for n,p in (('whole',whole),('cut',cut))})
     return res
 
 def two(root):
