@@ -1,4 +1,4 @@
-"""Experiments: one run from a configuration, the demo, and their command lines
+"""Experiments: one run from a configuration, grids of runs that go on where they were stopped, the demo, and their command lines
 
 Docs: https://fastai-jocor.github.io/fastai_jocor/bench.html.md"""
 
@@ -692,7 +692,7 @@ def jocor_train(
     dataset:str='digits', # digits, mnist, cifar10 or cifar100
     path:str=None, # Folder of the data set (mnist: it holds MNIST/raw; cifar: train and test, or torchvision's batches)
     noise:str='symmetric:0.5', # none, symmetric:RATE, pairflip:RATE, asymmetric:RATE[:MAP], instance:RATE or human:WHICH:FILE
-    method:str='jocor', # jocor, or standard: one network, plain training
+    method:str='jocor', # A name in fastai_jocor.bench.methods: jocor, or standard: one network, plain training
     k:int=2, # Number of peers
     contrast:str='kl', # kl, kl_circular, ce or ce_circular
     co_lambda:float=None, # Weight of the contrast, in [0, 1]; default: 0.8 for one_cycle, 0.95 for paper
@@ -705,6 +705,7 @@ def jocor_train(
     seed:int=0, # Seed of corruption, weights and batches
     subset:float=None, # Share in (0, 1), or number, of training items to take, stratified
     augment:str='none', # none or crop_flip
+    options:str=None, # Further arguments of the method, such as '{init: head}'
     out:str='runs/last', # Output folder
     threads:int=0 # Processor threads; 0 for torch's default
 ):
@@ -712,7 +713,7 @@ def jocor_train(
     if threads: torch.set_num_threads(threads)
     if co_lambda is None: co_lambda = .95 if schedule=='paper' else .8
     try:
-        cfg = RunConfig(dataset, noise, method, k, contrast, co_lambda, forget_rate, num_gradual, epochs, bs, lr, schedule, seed, subset, augment)
+        cfg = RunConfig(dataset, noise, method, k, contrast, co_lambda, forget_rate, num_gradual, epochs, bs, lr, schedule, seed, subset, augment, _cast('options', _load_yaml(options or '{}', 'options')))
         res = run(cfg, out, path)[2]
     except (ValueError, OSError) as e: sys.exit(f'jocor_train: {e}')
     print(f"\n{res['name']} on {dataset}, noise {noise}, seed {seed}: {res['epochs']} epochs in {res['seconds']:.0f} s")
