@@ -119,7 +119,7 @@ EVIL = 'jocor <script>alert(1)</script> "x" | a_b* $x_1$ [l](http://evil.example
 def test_page_is_whole_and_names_are_data(results):
     out,_ = results
     for f in out.glob('*jocor_k3-*/result.json'): f.write_text(json.dumps(json.loads(f.read_text()) | dict(name=EVIL)))
-    jocor_report(str(out))
+    jocor_report(str(out), reference=EVIL)
     page,raw = Page(),(out/'report'/'report.html').read_text()
     page.feed(raw); page.close()
     assert page.stack == [] and 'script' not in page.tags and 'a' not in page.tags and 'link' not in page.tags
