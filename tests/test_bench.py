@@ -1,8 +1,12 @@
-import json, os, subprocess, sys, numpy as np, pandas as pd, pytest, torch
+import importlib.util, json, os, subprocess, sys, numpy as np, pandas as pd, pytest, torch
 from pathlib import Path
-from fastai_jocor.bench import PaperSchedule, RunConfig, finished, plot_history, run, run_dir, run_grid, summarise
+from fastai_jocor import bench
+from fastai_jocor.bench import (GridProgress, Method, PaperSchedule, RunConfig, check_grid, finished, grid_configs, holder, jocor_bench, methods, plot_history,
+                                read_grid, run, run_dir, run_grid, summarise)
+from fastai_jocor.callback import JoCorCallback
 
 SCRIPTS = Path(sys.executable).parent
+ROOT = Path(__file__).resolve().parent.parent
 
 def script(name, *args):
     env = {**os.environ, 'PYTHONWARNINGS': 'ignore', 'MPLBACKEND': 'agg'}
@@ -41,7 +45,6 @@ def test_output_is_checked_before_training(tmp_path):
     with pytest.raises(SystemExit): jocor_train(out=str(tmp_path/'file'), epochs=10**6)
 
 def test_an_interrupted_run_keeps_its_history(tmp_path, monkeypatch):
-    from fastai_jocor import bench
     class Stop(bench.PaperSchedule):
         def before_train(self):
             if self.epoch == 2: raise KeyboardInterrupt
@@ -102,3 +105,205 @@ def test_cifar_by_name(tmp_path):
     res = json.loads((tmp_path/'run'/'result.json').read_text())
     assert res['config']['noise'] == 'instance:0.3' and res['config']['subset'] == 40 and 'noise instance:0.3' in p.stdout
     assert run_dir(tmp_path, RunConfig('cifar10', noise='symmetric:0.2', subset=40)).name.startswith('cifar10-symmetric0.2-jocor_k2-subset40')
+
+def bench_script(*args):
+    p = subprocess.run([sys.executable,'-W','ignore',str(Path(__file__).parent/'bench_script.py'),*map(str,args)], capture_output=True, text=True, timeout=300)
+    assert p.returncode == 0, p.stderr[-3000:]
+    return json.loads(p.stdout.splitlines()[-1])
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs os.fork')
+def test_killed_runs_go_on_bit_for_bit(tmp_path):
+    for name,o in bench_script('kill', tmp_path).items():
+        whole,cut,kills = o['whole'],o['cut'],o['kills']
+        assert [k['checkpoint'] for k in kills] == sorted({k['checkpoint'] for k in kills}) and kills[0]['checkpoint'] >= 0
+        assert [int(s) for s in o['starts']] == [0, *(k['checkpoint']+1 for k in kills)], name
+        assert all('checkpoint.pth' in k['files'] and 'lock' in k['files'] and not k['finished'] for k in kills)
+        assert whole['history'] == cut['history'] and len(whole['history'].splitlines()) == 41
+        same = lambda r: {k: v for k,v in r.items() if k != 'seconds'}
+        assert same(whole['result']) == same(cut['result']) and cut['result']['seconds'] > .03*40
+        assert o['files'] == ['config.json','history.csv','result.json','starts']
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs os.fork')
+def test_two_processes_do_each_run_once(tmp_path):
+    o = bench_script('two', tmp_path)
+    assert sorted(l.split()[0] for l in o['started']) == list('01234') and len({l.split()[1] for l in o['started']}) == 2
+    assert o['tables'][0] == o['tables'][1] and o['left'] == []
+
+def half(d, name, text):
+    d.mkdir(parents=True, exist_ok=True)
+    (d/name).write_text(text)
+
+def test_half_written_files_do_not_count(tmp_path):
+    cfg = RunConfig(epochs=4)
+    clean = run_grid([cfg], tmp_path/'a', n_jobs=1)
+    d = run_dir(tmp_path/'b', cfg)
+    whole = (run_dir(tmp_path/'a', cfg)/'result.json').read_text()
+    half(d, 'history.csv', 'epoch,train_lo')
+    half(d, 'result.json', whole[:len(whole)//2])
+    half(d, 'result.json.123.tmp', whole)
+    half(d, 'progress', 'x')
+    half(d, 'checkpoint.pth', 'no checkpoint')
+    assert finished(d, cfg) is None
+    with pytest.warns(UserWarning, match='checkpoint.pth cannot be read'): again = run_grid([cfg], tmp_path/'b', n_jobs=1)
+    pd.testing.assert_frame_equal(clean.drop(columns='seconds'), again.drop(columns='seconds'))
+    assert not (d/'checkpoint.pth').exists() and not (d/'lock').exists()
+
+def test_a_checkpoint_of_another_configuration_is_left_out(tmp_path, monkeypatch):
+    class Stop(PaperSchedule):
+        def before_train(self):
+            super().before_train()
+            if self.epoch == 3: raise KeyboardInterrupt
+    a,b = RunConfig(method='standard', epochs=5, lr=1e-2),RunConfig(method='standard', epochs=5)
+    with monkeypatch.context() as m:
+        m.setattr(bench, 'PaperSchedule', Stop)
+        with pytest.raises(KeyboardInterrupt): run(a, tmp_path/'x', verbose=False, extras=False, resume=True)
+    other = (tmp_path/'x'/'checkpoint.pth').read_bytes()
+    half(tmp_path/'y', 'progress', '3')
+    (tmp_path/'y'/'checkpoint.pth').write_bytes(other)
+    for cfg,d in ((a,'x'),(b,'y')):
+        pd.testing.assert_frame_equal(run(cfg, tmp_path/d, verbose=False, extras=False, resume=True)[1], run(cfg, verbose=False)[1])
+
+def test_locks(tmp_path):
+    from filelock import SoftFileLock
+    cfg = RunConfig(epochs=1)
+    d = run_dir(tmp_path, cfg)
+    d.mkdir()
+    with SoftFileLock(d/'lock'):
+        assert bench._run_cell(cfg, methods['jocor'], tmp_path, None) is None and finished(d, cfg) is None
+        assert holder(d).startswith(f'process {os.getpid()} on ')
+        record = (d/'lock').read_text().splitlines()
+    dead = subprocess.Popen([sys.executable, '-c', ''])
+    dead.wait()
+    half(d, 'lock', f'{dead.pid}\n{record[1]}\n')
+    assert bench._run_cell(cfg, methods['jocor'], tmp_path, None) is None and finished(d, cfg) and holder(d) is None
+
+def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch):
+    cfgs,whole = [RunConfig(epochs=1, seed=s) for s in range(3)],bench.run
+    def broken(cfg, *args, **kw):
+        if cfg.seed == 1: raise ZeroDivisionError('no way')
+        return whole(cfg, *args, **kw)
+    monkeypatch.setattr(bench, 'run', broken)
+    with pytest.raises(RuntimeError, match='1 of 3 runs failed(.|\n)*seed1: ZeroDivisionError: no way'): run_grid(cfgs, tmp_path, n_jobs=1)
+    assert [bool(finished(run_dir(tmp_path, c), c)) for c in cfgs] == [True,False,True]
+
+def test_committed_results_still_count():
+    files = sorted((ROOT/'benchmarks'/'results').rglob('result.json'))
+    assert len(files) > 100
+    for f in files:
+        c = json.loads(f.read_text())['config']
+        cfg = RunConfig(**c)
+        assert run_dir(f.parent.parent, cfg) == f.parent and finished(f.parent, cfg)
+        assert not finished(f.parent, RunConfig(**c | dict(epochs=c['epochs']+1)))
+
+def test_grids_of_the_project():
+    cfgs = read_grid(ROOT/'benchmarks'/'digits.yaml')
+    assert len(cfgs) == 480 and len(check_grid(cfgs, 'x')) == 480 and [c.seed for c in cfgs] == sorted(c.seed for c in cfgs)
+    assert {c.name for c in cfgs} >= {'standard','jocor k=1','jocor k=2','jocor k=3','jocor k=3 kl_circular','jocor k=5 ce_circular'}
+    cfgs = read_grid(ROOT/'benchmarks'/'mnist_protocol.yaml')
+    assert [c.seed for c in cfgs] == sorted(c.seed for c in cfgs) and {c.noise for c in cfgs[:len(cfgs)//3]} == {'symmetric:0.2','symmetric:0.5','symmetric:0.8','asymmetric:0.4'}
+    assert all((c.dataset,c.epochs,c.bs,c.lr,c.schedule) == ('mnist',200,128,1e-3,'paper') for c in cfgs)
+
+@pytest.mark.parametrize('text,msg', [
+    ('k: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{tmp}/touched]]', 'tag'), ('k: !!int 2','tag'), ('k: [2, 3','is no YAML'), ('- k: 2','must map names'), ('k: 2\nk: 3',"'k' stands there twice"),
+    ('methd: jocor',"did you mean 'method'"), ('method: jocr',"did you mean 'jocor'"), ('runs: [{contrst: kl}]',"did you mean 'contrast'"), ('runs: {k: 2}','runs='), ('runs: []','runs=[]'), ('k: []','k=[]'), ('k: [2, two]',"k='two'"),
+    ('k: yes','k=True'), ('k: 2.0','k=2.0'), ('k: 0','k=0'), ('seed: [0, x]',"seed='x'"), ('seed: 3-1','seed=[]'), ('lr: .nan','lr=nan'), ('lr: 0','lr=0.0'), ('noise: 0.5','noise=0.5'), ('noise: symmetric:2','rate=2.0'), ('method: null','method=None'),
+    ('dataset: digts',"did you mean 'digits'"), ('schedule: papr',"did you mean 'paper'"), ('options: {restat: true}',"did you mean 'restart'"), ('options: 3','options=3'), ('options: {init: tail}',"init='tail'"), ('{method: standard, options: {k: 1}}','takes none'), ('dataset: mnist','no MNIST found'), ('dataset: cifar10','cifar10')])
+def test_bench_refuses_before_anything_starts(text, msg, tmp_path):
+    (tmp_path/'grid.yaml').write_text(text.replace('{tmp}', str(tmp_path)))
+    with pytest.raises(SystemExit) as e: jocor_bench(str(tmp_path/'grid.yaml'), str(tmp_path/'out'), path=str(tmp_path/'nowhere'))
+    assert msg in str(e.value) and [p.name for p in tmp_path.iterdir()] == ['grid.yaml']
+
+def test_bench_refuses_other_arguments(tmp_path):
+    for kw,msg in ((dict(grid=str(tmp_path/'none.yaml')),'none.yaml'), (dict(k='1,x'),"k='x'"), (dict(k='!!int 1'),'tag'), (dict(backend='rya'),"did you mean 'ray'")):
+        with pytest.raises(SystemExit) as e: jocor_bench(**kw, out=str(tmp_path/'out'))
+        assert msg in str(e.value) and not (tmp_path/'out').exists()
+    if not importlib.util.find_spec('ray'):
+        with pytest.raises(SystemExit, match='fastai_jocor.ray.'): jocor_bench(backend='ray', out=str(tmp_path/'out'))
+
+def test_two_runs_never_share_a_folder(tmp_path):
+    files = []
+    for n in 'ab':
+        files.append(tmp_path/n/'labels.pt'); files[-1].parent.mkdir()
+        torch.save(dict(worse_label=np.zeros(5, dtype=int), clean_label=np.zeros(5, dtype=int)), files[-1])
+    with pytest.raises(ValueError, match='share the folder'): check_grid([RunConfig('cifar10', noise=f'human:worse:{f}') for f in files], tmp_path)
+
+def test_grid_from_lists_and_file(tmp_path):
+    (tmp_path/'g.yaml').write_text('epochs: 2\nlr: 1e-2\nseed: [0-1, 5]\nruns:\n  - method: standard\n  - {k: [2, 3]}\n')
+    cfgs = read_grid(tmp_path/'g.yaml')
+    assert [(c.seed,c.name) for c in cfgs] == [(s,n) for s in (0,1,5) for n in ('standard','jocor k=2','jocor k=3')] and {c.lr for c in cfgs} == {1e-2}
+    assert [(c.seed,c.noise,c.name) for c in read_grid(tmp_path/'g.yaml', seed='7', noise='none, pairflip:0.2', method='jocor', k='2')] == [(7,'none','jocor k=2'), (7,'pairflip:0.2','jocor k=2')]
+    p = script('jocor_bench', tmp_path/'g.yaml', '--out', tmp_path/'r', '--seed', '0', '--n-jobs', 1)
+    assert p.returncode == 0 and '3/3 runs, 100%' in p.stdout and '\r' not in p.stdout, p.stderr
+    p = script('jocor_bench', tmp_path/'g.yaml', '--out', tmp_path/'r', '--dry-run')
+    assert [l.split()[0] for l in p.stdout.splitlines()] == ['done']*3 + ['open']*6
+
+class Timid(JoCorCallback):
+    "Keep a little more than JoCoR does"
+    def __init__(self, k:int=2, forget_rate:float=None, shy:float=.5, **kwargs):
+        super().__init__(k, forget_rate=forget_rate, **kwargs)
+        self.shy = shy
+    def keep_small(self, losses, rate): return super().keep_small(losses, rate*self.shy)
+
+def test_a_method_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(methods, 'timid', Method(Timid))
+    cfg = RunConfig(method='timid', k=3, epochs=3, options=dict(shy=.25, num_gradual=1))
+    assert cfg.name == 'timid k=3 num_gradual=1 shy=0.25' and run_dir('', cfg).name == 'digits-symmetric0.5-timid_k3_num_gradual1_shy0.25-epochs3-seed0'
+    with pytest.raises(ValueError, match="did you mean 'shy'"): RunConfig(method='timid', options=dict(shi=1))
+    assert RunConfig(method='timid', contrast='ce', options=dict(shy=.5)).plain() == RunConfig(method='timid').plain()
+    df = run_grid([cfg, RunConfig(method='timid', k=3, epochs=3)], tmp_path, n_jobs=2)
+    h = [pd.read_csv(p/'history.csv') for p in (run_dir(tmp_path, cfg), run_dir(tmp_path, RunConfig(method='timid', k=3, epochs=3)))]
+    assert h[0].kept.iloc[-1] == pytest.approx(1-.5*.25, abs=.01) and h[1].kept.iloc[-1] == pytest.approx(1-.5*.5, abs=.01) and 'peer_2' in h[0]
+
+def test_a_loss_as_a_method(tmp_path, monkeypatch):
+    seen = []
+    class Counting(torch.nn.CrossEntropyLoss):
+        def __init__(self, dls, label_smoothing=0.):
+            super().__init__(label_smoothing=label_smoothing)
+            seen.append(dls.noise.noise_rate)
+            self.register_buffer('calls', torch.zeros((), dtype=torch.long))
+        def forward(self, z, y):
+            self.calls += 1
+            return super().forward(z, y)*(1+self.calls/1000)
+    monkeypatch.setitem(methods, 'counting', Method(loss=Counting))
+    cfg = RunConfig(method='counting', epochs=6, options=dict(label_smoothing=.1))
+    learn,whole,_ = run(cfg, verbose=False)
+    assert isinstance(learn.loss_func, Counting) and learn.loss_func.label_smoothing == .1 and seen == [.5] and cfg.nets == 1
+    class Stop(PaperSchedule):
+        def before_train(self):
+            super().before_train()
+            if self.epoch == 3: raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(bench, 'PaperSchedule', Stop)
+        with pytest.raises(KeyboardInterrupt): run(cfg, tmp_path, verbose=False, extras=False, resume=True)
+    pd.testing.assert_frame_equal(run(cfg, tmp_path, verbose=False, extras=False, resume=True)[1], whole)
+
+def test_progress_line(tmp_path):
+    import io
+    cfgs = [RunConfig(epochs=2, k=k) for k in (1,3)]
+    cells = check_grid(cfgs, tmp_path)
+    term,plain = io.StringIO(),io.StringIO()
+    term.isatty = lambda: True
+    with GridProgress(cells, term) as p, GridProgress(cells, plain):
+        half(run_dir(tmp_path, cfgs[1]), 'progress', '1')
+        assert p.share() == pytest.approx(3/8) and p.line().startswith('0/2 runs, 38%') and p.line().endswith(' to go')
+        run(cfgs[0], run_dir(tmp_path, cfgs[0]), verbose=False, extras=False)
+    assert term.getvalue().count('\n') == 1 and '\r1/2 runs' in term.getvalue()
+    assert [l.split()[0] for l in plain.getvalue().splitlines()] == ['1/2']
+
+def test_committed_digits_come_out_again(tmp_path):
+    out = ROOT/'benchmarks'/'results'/'digits_grid'
+    for cfg in read_grid(ROOT/'benchmarks'/'digits.yaml', seed='0', noise='symmetric:0.5', method='jocor,standard', k='2', contrast='kl'):
+        committed = finished(run_dir(out, cfg), cfg)
+        df = run_grid([cfg], tmp_path, n_jobs=1)
+        old,new = [pd.read_csv(run_dir(p, cfg)/'history.csv') for p in (out,tmp_path)]
+        assert list(old) == list(new)
+        np.testing.assert_allclose(new.train_loss[:3], old.train_loss[:3], rtol=1e-3)
+        np.testing.assert_allclose(new.accuracy[:3], old.accuracy[:3], atol=.01)
+        for c in ('peer_accuracy','ensemble_accuracy'): assert df[c][0] == pytest.approx(committed[c], abs=.03), c
+
+def test_ray(tmp_path):
+    ray = pytest.importorskip('ray')
+    cfgs = [RunConfig(epochs=2, k=k) for k in (1,2)]
+    try: a = run_grid(cfgs, tmp_path/'a', n_jobs=2, backend='ray')
+    finally: ray.shutdown()
+    pd.testing.assert_frame_equal(a.drop(columns='seconds'), run_grid(cfgs, tmp_path/'b', n_jobs=1).drop(columns='seconds'))

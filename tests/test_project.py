@@ -59,7 +59,7 @@ def test_notebooks_are_clean(copy):
     for p,text in before.items(): assert p.read_text(encoding='utf-8') == text, p.name
 
 def test_imports_go_downwards_only():
-    order = 'losses selection peers noise data callback methods audit bench'.split()
+    order = 'losses selection peers noise data callback methods audit bench report'.split()
     for p in (ROOT/'fastai_jocor').glob('*.py'):
         if p.stem not in order: continue
         for used in re.findall(r'(?m)^from (?:fastai_jocor)?\.(\w+) import', p.read_text()): assert order.index(used) < order.index(p.stem), f'{p.stem} imports {used}'
