@@ -24,6 +24,7 @@ from .noise import Asymmetric, make_noise
 from .data import augmentation, cifar10_dls, cifar100_dls, digits_dls, mnist_dls, jocor_cnn, jocor_mlp, _find_cifar
 from .peers import Peers
 from .callback import ColumnsCallback, JoCorCallback, is_validating, random_states, restore_random_states
+from .methods import CoTeachingCallback, CoTeachingPlusCallback, ForwardLoss, SCELoss
 
 # %% ../nbs/07_bench.ipynb #c6ea3c91
 class PeerAccuracy(ColumnsCallback):
@@ -127,7 +128,12 @@ class Method:
         default = {k: v for f in (self.loss,self.callback) if f is not None for k,v in _arguments(f)[0].items()}
         return {k: v for k,v in sorted(options.items()) if k not in default or default[k] is inspect.Parameter.empty or default[k] != v}
 
-methods = dict(standard=Method(), jocor=Method(JoCorCallback))
+def _forward_loss(dls):
+    if getattr(dls, 'noise', None) is None: raise ValueError("method='forward' corrects the loss by the known transition matrix of the noise, and noise='none' has none")
+    return ForwardLoss(dls.noise.matrix)
+
+methods = dict(standard=Method(), jocor=Method(JoCorCallback), co_teaching=Method(CoTeachingCallback), co_teaching_plus=Method(CoTeachingPlusCallback),
+               forward=Method(loss=_forward_loss), sce=Method(loss=SCELoss))
 
 # %% ../nbs/07_bench.ipynb #9bb3be76
 def fast_adam(params, **kwargs):
