@@ -12,7 +12,7 @@ FOLDER holds MNIST/raw (torchvision's layout) or cifar10/train. The usual coding
 that gives one image at a time through `ToTensor`, torch's `DataLoader` (with as many workers as is fastest here: 0 or 2), contiguous float32, Adam,
 the divergences pair by pair, the losses to the CPU, and numpy's argsort for each batch. An epoch is its training part: all batches, with callbacks,
 recorder and optimizer; nothing is evaluated in either. Two things are timed in turn, at least seven times; a ratio is the median of the ratios of
-the pairs. Each part writes results/speed_PART.json.
+the pairs. Each part writes results/speed_PART.json. `approx` prunes at a forget rate of 0.5 and computes all losses in every fifth epoch.
 """
 import copy, json, statistics, subprocess, sys, time, warnings, numpy as np, torch
 import torch.nn.functional as F
@@ -114,11 +114,20 @@ def without_validation(dls):
     idx = dls.train.pos.numpy()
     return InMemoryDataLoaders.from_arrays(images, labels, valid=np.setdiff1d(np.arange(len(images)), idx)[:128], train=idx, bs=128), images[idx].squeeze(),labels[idx]
 
+def cheaper(f):
+    "The same with float32 products in bfloat16 where the processor has it, and without denormal numbers: two switches of torch's"
+    def run():
+        torch.set_float32_matmul_precision('medium'); torch.set_flush_denormal(True)
+        try: return f()
+        finally: torch.set_float32_matmul_precision('highest'); torch.set_flush_denormal(False)
+    return run
+
 def mnist(path, rounds, n):
     dls,images,labels = without_validation(mnist_dls(path, 'symmetric:0.5', bs=128))
     base,workers = usual(images, labels, jocor_mlp, 2, .5)
-    runs = in_turn(dict(usual_k2=base, k2=fitted(dls, jocor_mlp, 2, .5), k3=fitted(dls, jocor_mlp, 3, .5)), rounds)
-    return dict(workers=workers, items=len(images), k2_against_usual_k2=ratio(runs['k2'], runs['usual_k2']), k3_against_usual_k2=ratio(runs['k3'], runs['usual_k2']))
+    fs = {f'k{k}{name}': f(fitted(dls, jocor_mlp, k, .5, **kw)) for k in (2,3) for name,f,kw in (('',lambda o: o,{}), ('_bfloat16_products',cheaper,{}), ('_bfloat16_products_approx',cheaper,dict(prune='approx')))}
+    runs = in_turn(dict(usual_k2=base, **fs), rounds)
+    return dict(workers=workers, items=len(images), **{f'{name}_against_usual_k2': ratio(runs[name], runs['usual_k2']) for name in fs})
 
 def cifar(path, rounds, n):
     dls,images,labels = without_validation(cifar10_dls(path, 'symmetric:0.5', bs=128, subset=n, progress=False))
