@@ -103,8 +103,8 @@ def _turns(idx):
     return torch.empty_like(idx).scatter_(0, order, torch.arange(len(s), device=s.device) - torch.searchsorted(s, s))
 
 class Ledger:
-    "Keep running figures of every training item, 40 bytes each, however long the training"
-    _ints,_floats = ('seen','scored','agreed','as_given','vote','lead'),('kept','loss','last_loss','prob')
+    "Keep running figures of every training item, 48 bytes each, however long the training"
+    _ints,_floats = ('seen','scored','agreed','as_given','vote','lead','given'),('kept','loss','last_loss','prob','conf')
     def __init__(self,
         n:int, # Number of items
         device='cpu' # Where the figures are kept
@@ -112,7 +112,7 @@ class Ledger:
         self.n,self.device = n,torch.device(device)
         for name in self._ints:   setattr(self, name, torch.zeros(n, dtype=torch.int32, device=device))
         for name in self._floats: setattr(self, name, torch.zeros(n, device=device))
-        self.vote.fill_(-1); self.last_loss.fill_(torch.nan)
+        self.vote.fill_(-1); self.given.fill_(-1); self.last_loss.fill_(torch.nan)
 
     @torch.no_grad()
     def update(self,
@@ -122,16 +122,19 @@ class Ledger:
         vote:Tensor, # Label of the largest mean probability, shape (m,); -1 for none
         as_given:Tensor, # Whether the vote is the given label, shape (m,), bool
         agree:Tensor, # Whether all peers vote alike, shape (m,), bool
-        kept:Tensor # How often each was kept, shape (m,), float
+        kept:Tensor, # How often each was kept, shape (m,), float
+        conf:Tensor, # Mean probability of the vote, shape (m,)
+        given:Tensor # Given label of each, shape (m,); -1 where it is not one class
     ):
         "Add what was seen of some items"
         scored = ~loss.isnan()
         self.seen.index_add_(0, idx, torch.ones_like(idx, dtype=torch.int32))
         self.kept.index_add_(0, idx, kept.float())
-        idx,loss,prob,vote,as_given,agree = (o[scored] for o in (idx,loss,prob,vote,as_given,agree))
+        idx,loss,prob,vote,as_given,agree,conf,given = (o[scored] for o in (idx,loss,prob,vote,as_given,agree,conf,given))
+        self.given[idx] = given.int()
         ok = loss.isfinite()
         for name,o in dict(scored=ok, agreed=agree & ok, as_given=as_given & ok).items(): getattr(self, name).index_add_(0, idx, o.int())
-        for name,o in dict(loss=loss, prob=prob).items(): getattr(self, name).index_add_(0, idx, torch.where(ok, o, 0.).float())
+        for name,o in dict(loss=loss, prob=prob, conf=conf).items(): getattr(self, name).index_add_(0, idx, torch.where(ok, o, 0.).float())
         turn = _turns(idx)
         for t in range(int(turn.max())+1 if len(idx) else 0): self._latest(*(o[turn==t] for o in (idx,loss,vote.int(),ok)))
 
@@ -148,8 +151,8 @@ class Ledger:
         import pandas as pd
         f = {name: getattr(self, name).cpu().numpy() for name in (*self._ints, *self._floats)}
         with np.errstate(invalid='ignore', divide='ignore'):
-            means = {name: f[o]/f['scored'] for name,o in dict(loss='loss', prob='prob', votes_given='as_given', agreement='agreed').items()}
-            return pd.DataFrame(dict(seen=f['seen'], kept=f['kept']/f['seen'], last_loss=f['last_loss'], vote=f['vote'], **means)).rename_axis('item')
+            means = {name: f[o]/f['scored'] for name,o in dict(loss='loss', prob='prob', conf='conf', votes_given='as_given', agreement='agreed').items()}
+            return pd.DataFrame(dict(seen=f['seen'], kept=f['kept']/f['seen'], last_loss=f['last_loss'], given=f['given'], vote=f['vote'], **means)).rename_axis('item')
 
     def state(self):
         "All figures as a `dict` of tensors"
