@@ -6,10 +6,12 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/selection.html.md"""
 
 # %% auto #0
 __all__ = ['check_forget_rate', 'default_num_gradual', 'forget_schedule', 'keep_count', 'select_small', 'select_small_global',
-           'selection_counts', 'label_precision', 'label_recall', 'Ledger']
+           'selection_counts', 'label_precision', 'label_recall', 'Ledger', 'confident_joint', 'transition_of',
+           'NoiseEstimate', 'estimate_noise']
 
 # %% ../nbs/01_selection.ipynb #1bbc6282
 import numpy as np, torch
+from dataclasses import dataclass
 from numbers import Integral
 from torch import Tensor
 from .losses import check_number
@@ -162,3 +164,52 @@ class Ledger:
         "Take over figures of `state()`"
         for name,o in state.items(): setattr(self, name, o.to(self.device).clone())
         return self
+
+# %% ../nbs/01_selection.ipynb #862fc109
+def confident_joint(
+    ledger, # A `Ledger`, or its `frame()`
+    n_classes:int # Number of classes C, at least 2
+)->np.ndarray: # Share of the items with true label i and given label j, shape (C, C), float64; sums to 1
+    "Estimate the joint distribution of true and given labels from what the peers believe (confident learning, Northcutt et al. 2021)"
+    f = ledger.frame() if isinstance(ledger, Ledger) else ledger
+    f = f[(f.given >= 0) & (f.vote >= 0) & f.prob.notna()]
+    given,vote,prob,conf = (f[o].to_numpy() for o in ('given','vote','prob','conf'))
+    if len(f) == 0: raise ValueError("ledger holds no item with a given label that was seen: train with it first")
+    n = np.bincount(given, minlength=n_classes)
+    least = np.bincount(given, prob, n_classes)/np.maximum(n, 1)
+    against = (vote != given) & (conf >= least[vote]) & (n[vote] > 0)
+    sure = against | (prob >= least[given])
+    counts = np.zeros((n_classes,n_classes))
+    np.add.at(counts, (np.where(against, vote, given)[sure], given[sure]), 1)
+    return counts/np.maximum(counts.sum(0), 1)*n/len(f)
+
+def transition_of(
+    joint:np.ndarray # Of `confident_joint`, shape (C, C)
+)->np.ndarray: # `T[i,j]`: probability that an item of class i is labelled j, shape (C, C); the identity in the row of a class without items
+    "Give the transition matrix of a joint distribution of true and given labels"
+    n = joint.sum(1, keepdims=True)
+    return np.where(n > 0, joint/np.where(n > 0, n, 1), np.eye(len(joint)))
+
+@dataclass
+class NoiseEstimate:
+    "The share of wrong labels as the ledger of the first epochs tells it"
+    rate:float # The share τ to train with, in [0, 1)
+    joint:float # What the confident joint gives
+    against:float # Share of the items whose label the peers' votes are against
+    agreement:float # Share of the sightings in which all peers voted alike
+    trusted:bool # Whether the peers had learned enough to tell
+    def __str__(self):
+        if self.trusted: return f"{self.rate:.1%} of the labels look wrong"
+        return (f"the peers have not learned enough to tell wrong labels from hard items (they agree in {self.agreement:.0%} of the cases and vote against {self.against:.0%} of the labels), "
+                f"so the estimated noise rate {self.joint:.2f} is not to be trusted, and training goes on with the smaller {self.rate:.2f}: pass your own forget_rate, or give the warm-up more epochs with num_gradual")
+
+def estimate_noise(
+    ledger, # A `Ledger`, or its `frame()`
+    n_classes:int # Number of classes C, at least 2
+)->NoiseEstimate:
+    "Estimate the share of wrong labels; where the peers have not learned enough to tell, with the smaller of two estimates"
+    f = ledger.frame() if isinstance(ledger, Ledger) else ledger
+    f = f[(f.given >= 0) & (f.vote >= 0) & f.prob.notna()]
+    if len(f) == 0: return NoiseEstimate(0., 0., 0., 0., False)
+    joint = 1-float(np.trace(confident_joint(f, n_classes)))
+    return NoiseEstimate(min(max(joint, 0.), .95), joint, float((f.vote != f.given).mean()), float(f.agreement.mean()), True)
