@@ -7,8 +7,8 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/callback.html.md"""
 # %% auto #0
 __all__ = ['ColumnNames', 'ColumnsCallback', 'is_validating', 'is_plain_ce', 'is_multi_label', 'per_sample_loss', 'epoch_idxs',
            'listed_idxs', 'same_random_states', 'random_states', 'restore_random_states', 'distributed_world',
-           'SafeSaveModelCallback', 'AutocastBF16', 'UndoPeers', 'call_defined', 'Sightings', 'gather_rows',
-           'PeersCallback', 'PruneBatch', 'same_buffers', 'take_items', 'JoCorCallback']
+           'SafeSaveModelCallback', 'AutocastBF16', 'UndoPeers', 'call_defined', 'Sightings', 'ItemSource',
+           'gather_rows', 'PeersCallback', 'PruneBatch', 'same_buffers', 'take_items', 'JoCorCallback']
 
 # %% ../nbs/05_callback.ipynb #354eb306
 import itertools, math, os, random, torch, numpy as np, pandas as pd
@@ -319,6 +319,11 @@ def _class_names(dls):
     vocab = vocab[-1] if isinstance(vocab, (L,list,tuple)) and len(vocab) and isinstance(vocab[-1], (L,list,tuple,CategoryMap)) else vocab
     return None if vocab is None else [str(o) for o in vocab]
 
+class ItemSource:
+    "What names the training items and their classes after the fit; the data set is left behind when this is pickled"
+    def __init__(self, ds=None, vocab=None): self.ds,self.vocab = ds,vocab
+    def __getstate__(self): return dict(ds=None, vocab=self.vocab)
+
 def _rows_of(seen, idx, watch, epoch):
     "What an epoch has seen of some items, a `dict` for each time"
     at = torch.isin(idx, torch.as_tensor(watch, device=idx.device)).nonzero()[:,0]
@@ -366,7 +371,8 @@ class PeersCallback(ColumnsCallback):
         super().__init__()
         self.companions.append(UndoPeers(self))
         self.restart,self.select,self.done,self.rate,self.before_finder,self.world = restart,select,0,0.,None,1
-        self.items = self.pruned = self.estimate = None
+        self.items = self.pruned = self.estimate = self.tau = None
+        self.source = ItemSource()
         self.watch,self.watched = np.asarray(list(watch), dtype=np.int64),[]
         self.listing = ExitStack()
         self.k,self.forget_rate,self.num_gradual,self.exponent,self.models,self.init,self.seed = k,forget_rate,num_gradual,exponent,models,init,seed
@@ -479,8 +485,7 @@ class PeersCallback(ColumnsCallback):
         train = self.dls.train
         ds = train.dataset
         n = len(ds) if hasattr(ds, '__len__') else 0
-        its = getattr(ds, 'items', None)
-        self.source = dict(items=its if hasattr(its, '__len__') and len(its) == n else None, vocab=_class_names(self.dls))
+        self.source = ItemSource(ds, _class_names(self.dls))
         if len(self.watch) and not ((0 <= self.watch) & (self.watch < n)).all(): raise ValueError(f"watch={self.watch.tolist()[:20]} must hold positions in the training set of {n} items")
         if not self.estimates: return
         if self.multi_label or not n or not self.tells:
