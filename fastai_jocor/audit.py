@@ -59,7 +59,7 @@ def load_ledger(
     "Read a ledger from a file"
     file = _ledger_file(file)
     if file.suffix == '.csv':
-        f = pd.read_csv(file, index_col='position', dtype={o: object for o in _texts}, keep_default_na=False, na_values={o: [''] for o in ('last_loss','kept','loss','prob','conf','votes_given','agreement')}, float_precision='round_trip')
+        f = pd.read_csv(file, index_col='position', dtype={o: object for o in _texts}, keep_default_na=False, na_values={o: [''] for o in ('last_loss','kept','loss','prob','conf','votes_given','agreement','stability')}, float_precision='round_trip')
         return f.astype({o: np.float32 for o in ('last_loss',)}).assign(**{o: f[o].where(f[o] != '', None) for o in ('given','vote','true') if o in f})
     try: return pd.read_parquet(file)
     except ImportError: raise ImportError(f"file={str(file)!r} needs pyarrow, which is not installed: pip install pyarrow") from None
@@ -72,12 +72,12 @@ def _ledger_file(file):
 def _ranked(x): return x.rank(pct=True)
 suspect_scores = dict(
     loss=lambda f: f.loss, prob=lambda f: 1-f.prob, margin=lambda f: f.conf-f.prob, votes=lambda f: 1-f.votes_given, rejected=lambda f: 1-f.kept,
-    combined=lambda f: (_ranked(f.conf-f.prob) + _ranked(1-f.votes_given) + _ranked(1-f.prob))/3)
+    combined=lambda f: (_ranked(f.loss) + _ranked(f.conf-f.prob))/2)
 
 def rank_suspects(
     ledger:pd.DataFrame, # `cb.ledger`, or one of `load_ledger`
     n:int=None, # At most so many; `None` for all
-    score:str='margin' # `loss`, `prob`, `margin`, `votes`, `rejected` or `combined`
+    score:str='loss' # `loss`, `prob`, `margin`, `votes`, `rejected` or `combined`
 )->pd.DataFrame: # By position in the training set, the most suspect first: item, given, suggested, score, evidence, and what is known of the truth
     "Rank the items whose label the peers vote against with as much confidence as they have in labels like their vote"
     if score not in suspect_scores: raise ValueError(f"score={score!r} is unknown: choose one of {', '.join(suspect_scores)}")
@@ -97,7 +97,7 @@ def _against(f):
 
 @patch
 @delegates(rank_suspects, but='ledger')
-def suspects(self:PeersCallback, n=None, score='margin'):
+def suspects(self:PeersCallback, n=None, score='loss'):
     "Rank the items whose labels look wrong (`rank_suspects`)"
     f = rank_suspects(self.ledger, n, score)
     if not len(f) and n != 0: warnings.warn("no label stands out: the peers vote against none with confidence")
@@ -245,7 +245,7 @@ def _cleaned_loader(train, ds, left, given, vocab, rec):
 class SuspectsLearner(GetAttr):
     "Stands in for a learner where fastai ranks items by their loss: training items come in the order of their suspicion"
     _default = 'learn'
-    def __init__(self, learn, cb, score='margin'): self.learn,self.cb,self.score = learn,cb,score
+    def __init__(self, learn, cb, score='loss'): self.learn,self.cb,self.score = learn,cb,score
     def get_preds(self, dl=None, **kwargs):
         if dl is None or dl.dataset is not self.learn.dls.train.dataset: return self.learn.get_preds(dl=dl, **kwargs)
         f = self.cb.items.frame()
@@ -256,7 +256,7 @@ class SuspectsLearner(GetAttr):
 @patch
 def cleaner(self:PeersCallback,
     learn, # The learner that was trained, on image files
-    score:str='margin', # As in `cb.suspects`
+    score:str='loss', # As in `cb.suspects`
     **kwargs # To `ImageClassifierCleaner`
 ):
     "Open fastai's `ImageClassifierCleaner` with the most suspect training images first"

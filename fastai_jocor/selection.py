@@ -154,7 +154,7 @@ class Ledger:
         f = {name: getattr(self, name).cpu().numpy() for name in (*self._ints, *self._floats)}
         with np.errstate(invalid='ignore', divide='ignore'):
             means = {name: f[o]/f['scored'] for name,o in dict(loss='loss', prob='prob', conf='conf', votes_given='as_given', agreement='agreed').items()}
-            return pd.DataFrame(dict(seen=f['seen'], kept=f['kept']/f['seen'], last_loss=f['last_loss'], given=f['given'], vote=f['vote'], **means)).rename_axis('item')
+            return pd.DataFrame(dict(seen=f['seen'], kept=f['kept']/f['seen'], last_loss=f['last_loss'], given=f['given'], vote=f['vote'], stability=(1+f['lead']/f['scored'])/2, **means)).rename_axis('item')
 
     def state(self):
         "All figures as a `dict` of tensors"
@@ -195,21 +195,25 @@ class NoiseEstimate:
     "The share of wrong labels as the ledger of the first epochs tells it"
     rate:float # The share τ to train with, in [0, 1)
     joint:float # What the confident joint gives
-    against:float # Share of the items whose label the peers' votes are against
-    agreement:float # Share of the sightings in which all peers voted alike
-    trusted:bool # Whether the peers had learned enough to tell
+    votes:float # What the votes give: those against the label, less those in doubt
+    doubt:float # Share of the sightings in which the peers did not vote alike; of a single network, of its votes that were not for the item's majority
+    trusted:bool # Whether the two estimates are close
     def __str__(self):
         if self.trusted: return f"{self.rate:.1%} of the labels look wrong"
-        return (f"the peers have not learned enough to tell wrong labels from hard items (they agree in {self.agreement:.0%} of the cases and vote against {self.against:.0%} of the labels), "
-                f"so the estimated noise rate {self.joint:.2f} is not to be trusted, and training goes on with the smaller {self.rate:.2f}: pass your own forget_rate, or give the warm-up more epochs with num_gradual")
+        return (f"the noise rate cannot be told from what the peers have learned so far: sure votes give {self.joint:.2f}, all votes less the {self.doubt:.0%} in doubt give {self.votes:.2f}, which is not to be trusted either; "
+                f"training goes on with the smaller, {self.rate:.2f}. Pass forget_rate, your guess of the share of wrong labels, or lengthen the warm-up with a larger num_gradual")
 
 def estimate_noise(
     ledger, # A `Ledger`, or its `frame()`
-    n_classes:int # Number of classes C, at least 2
+    n_classes:int, # Number of classes C, at least 2
+    tolerance:float=0.1 # Largest difference of the two estimates that is trusted
 )->NoiseEstimate:
-    "Estimate the share of wrong labels; where the peers have not learned enough to tell, with the smaller of two estimates"
+    "Estimate the share of wrong labels by the confident joint; where the votes do not confirm it, by the smaller of the two"
     f = ledger.frame() if isinstance(ledger, Ledger) else ledger
     f = f[(f.given >= 0) & (f.vote >= 0) & f.prob.notna()]
-    if len(f) == 0: return NoiseEstimate(0., 0., 0., 0., False)
+    if len(f) == 0: return NoiseEstimate(0., 0., 0., 1., False)
     joint = 1-float(np.trace(confident_joint(f, n_classes)))
-    return NoiseEstimate(min(max(joint, 0.), .95), joint, float((f.vote != f.given).mean()), float(f.agreement.mean()), True)
+    doubt = 1-float((f.agreement if (f.agreement < 1).any() else f.stability).mean())
+    votes = max(float((f.vote != f.given).mean())-doubt, 0.)
+    trusted = abs(joint-votes) <= tolerance
+    return NoiseEstimate(min(joint if trusted else min(joint, votes), .95), joint, votes, doubt, trusted)

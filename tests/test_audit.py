@@ -232,14 +232,14 @@ def test_cleaner_ranks_by_suspicion(pictures):
     feed = SuspectsLearner(learn, cb)
     dl = feed.dls[0].new(shuffle=False, drop_last=False)
     _,targs,_,scores = feed.get_preds(dl=dl, with_input=False, with_loss=True, with_decoded=True)
-    assert targs.tolist() == learn.dls.noise.noisy.tolist() and scores.argmax() == (cb.ledger.conf-cb.ledger.prob).argmax()
+    assert targs.tolist() == learn.dls.noise.noisy.tolist() and scores.argmax() == cb.ledger.loss.argmax()
     assert len(feed.get_preds(dl=feed.dls[1].new(shuffle=False, drop_last=False), with_input=False, with_loss=True, with_decoded=True)) == 4
     try: import ipywidgets
     except ImportError:
         with pytest.raises(ImportError, match='ipywidgets'): cb.cleaner(learn)
         return
     w = cb.cleaner(learn)
-    i = (cb.ledger.conf-cb.ledger.prob)[cb.ledger.given == w.dd_cats.value].idxmax()
+    i = cb.ledger.loss[cb.ledger.given == w.dd_cats.value].idxmax()
     assert str(w.iw.fns[0]) == cb.ledger['item'][i]
 
 # the noise rate
@@ -253,7 +253,7 @@ def test_the_confident_joint(seed, rate, c):
     given = np.where(rs.rand(n) < rate, (true+rs.randint(1, c, n))%c, true)
     conf = rs.uniform(.5, 1, n)
     prob = np.where(given == true, conf, (1-conf)*rs.rand(n))
-    f = pd.DataFrame(dict(given=given, vote=true, prob=prob, conf=conf, agreement=1.))
+    f = pd.DataFrame(dict(given=given, vote=true, prob=prob, conf=conf, agreement=1., stability=1.))
     least = {j: prob[given == j].mean() for j in set(given)}
     counts = np.zeros((c,c))
     for y,v,p,q in zip(given, true, prob, conf):
