@@ -40,23 +40,13 @@ def arrays(data, noise, seed, path):
     store,rec = dls.train.store,dls.noise
     return store.images[dls.train.pos],rec
 
-class Autocast(Callback):
-    "bfloat16 on a CPU, which fastai's MixedPrecision does not do"
-    order = 10
-    def before_batch(self):
-        self.context = torch.autocast('cpu', dtype=torch.bfloat16)
-        self.context.__enter__()
-    def after_pred(self):
-        self.context.__exit__(None, None, None)
-        self.learn.pred = self.pred.float()
-
 def learner(data, images, rec, train=None, seed=0):
     "A learner on some of the given labels; a few items are its validation set, since fastai wants one"
     set_seed(seed)
     n = len(rec)
     x,y = torch.cat([images, images[:10]]),np.concatenate([rec.noisy, rec.noisy[:10]])
     dls = InMemoryDataLoaders.from_arrays(x, y, list(rec.vocab), range(n, n+10), bs=128, train=train, drop_last=False)
-    learn = Learner(dls, jocor_mlp() if data == 'mnist' else jocor_cnn(), opt_func=fast_adam, cbs=[ChannelsLast(), Autocast()] if data == 'cifar' else None)
+    learn = Learner(dls, jocor_mlp() if data == 'mnist' else jocor_cnn(), opt_func=fast_adam, cbs=[ChannelsLast(), AutocastBF16()] if data == 'cifar' else None)
     learn.remove_cb(ProgressCallback)
     learn.logger = noop
     return learn

@@ -12,7 +12,7 @@ from fastcore.script import call_parse
 from fastai.vision.all import Callback, CancelFitException, ChannelsLast, Learner, ProgressCallback, noop, set_seed
 from fastai_jocor.all import *
 from fastai_jocor.bench import fast_adam
-from audit import Autocast, NOISES
+from audit import NOISES
 
 RESULTS = Path(__file__).resolve().parent/'results'
 
@@ -31,7 +31,7 @@ def run(data, noise, seed, path):
     learn.remove_cb(ProgressCallback)
     learn.logger = noop
     cb = JoCorCallback(k=3, forget_rate='auto')
-    learn.fit_one_cycle(10, 2e-3, cbs=[cb, StopWhenKnown()] + ([ChannelsLast(), Autocast()] if data == 'cifar' else []))
+    learn.fit_one_cycle(10, 2e-3, cbs=[cb, StopWhenKnown()] + ([ChannelsLast(), AutocastBF16()] if data == 'cifar' else []))
     f,rec,est = cb.ledger,dls.noise,cb.estimate
     T = abs(cb.transition()-rec.matrix)
     return dict(data=data, noise=noise, seed=seed, items=len(f), epochs=cb.warm_up, accuracy_of_votes=round(float((f.vote == f.true).mean()), 4), true_rate=round(rec.rate, 4), estimate=round(est.rate, 4), error=round(abs(est.rate-rec.rate), 4),
