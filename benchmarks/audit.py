@@ -14,7 +14,7 @@ optimizer, one-cycle schedule and number of epochs:
 Scored by the average precision of finding flipped labels, and by the precision among as many items as are flipped. Seconds are those of all
 that a way needs, training included, on one thread. Each cell is written to results/audit/ when it is done and is not repeated.
 MNIST: 20,000 items, stratified, and the papers' perceptron, 10 epochs; CIFAR-10N: 2,000 images, stratified, the papers' 7-layer network in
-bfloat16, 6 epochs, which is too little to learn it well. One seed unless --seeds says more.
+bfloat16, 6 epochs in batches of 32, which is too little to learn it well. One seed unless --seeds says more.
 """
 import json, time, numpy as np, pandas as pd, torch
 import matplotlib; matplotlib.use('agg')
@@ -30,7 +30,7 @@ from fastai_jocor.bench import fast_adam, machine
 RESULTS = Path(__file__).resolve().parent/'results'
 NOISES = dict(mnist=('symmetric:0.2','symmetric:0.5','asymmetric:0.4'), cifar=('aggre','worse'))
 WAYS = ('jocor_3','dynamics','top_loss','cv','jocor_2','jocor_1')
-EPOCHS = dict(mnist=10, cifar=6)
+EPOCHS,BS = dict(mnist=10, cifar=6),dict(mnist=128, cifar=32)
 
 def arrays(data, noise, seed, path):
     "Images, given labels, true labels and names of the training items"
@@ -45,7 +45,7 @@ def learner(data, images, rec, train=None, seed=0):
     set_seed(seed)
     n = len(rec)
     x,y = torch.cat([images, images[:10]]),np.concatenate([rec.noisy, rec.noisy[:10]])
-    dls = InMemoryDataLoaders.from_arrays(x, y, list(rec.vocab), range(n, n+10), bs=128, train=train, drop_last=False)
+    dls = InMemoryDataLoaders.from_arrays(x, y, list(rec.vocab), range(n, n+10), bs=BS[data], train=train, drop_last=False)
     learn = Learner(dls, jocor_mlp() if data == 'mnist' else jocor_cnn(), opt_func=fast_adam, cbs=[ChannelsLast(), AutocastBF16()] if data == 'cifar' else None)
     learn.remove_cb(ProgressCallback)
     learn.logger = noop

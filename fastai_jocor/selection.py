@@ -197,7 +197,7 @@ class NoiseEstimate:
     joint:float # What the confident joint gives
     votes:float # What the votes give: those against the label, less those in doubt
     doubt:float # Share of the sightings in which the peers did not vote alike; of a single network, of its votes that were not for the item's majority
-    trusted:bool # Whether the two estimates are close
+    trusted:bool # Whether few enough votes are in doubt
     def __str__(self):
         if self.trusted: return f"{self.rate:.1%} of the labels look wrong"
         return (f"the noise rate cannot be told from what the peers have learned so far: sure votes give {self.joint:.2f}, all votes less the {self.doubt:.0%} in doubt give {self.votes:.2f}, which is not to be trusted either; "
@@ -206,14 +206,14 @@ class NoiseEstimate:
 def estimate_noise(
     ledger, # A `Ledger`, or its `frame()`
     n_classes:int, # Number of classes C, at least 2
-    tolerance:float=0.1 # Largest difference of the two estimates that is trusted
+    max_doubt:float=0.2 # Largest share of votes in doubt with which the confident joint is trusted
 )->NoiseEstimate:
-    "Estimate the share of wrong labels by the confident joint; where the votes do not confirm it, by the smaller of the two"
+    "Estimate the share of wrong labels by the confident joint; where too many votes are in doubt, by the smaller of two estimates"
     f = ledger.frame() if isinstance(ledger, Ledger) else ledger
     f = f[(f.given >= 0) & (f.vote >= 0) & f.prob.notna()]
     if len(f) == 0: return NoiseEstimate(0., 0., 0., 1., False)
     joint = 1-float(np.trace(confident_joint(f, n_classes)))
     doubt = 1-float((f.agreement if (f.agreement < 1).any() else f.stability).mean())
     votes = max(float((f.vote != f.given).mean())-doubt, 0.)
-    trusted = abs(joint-votes) <= tolerance
+    trusted = doubt <= max_doubt
     return NoiseEstimate(min(joint if trusted else min(joint, votes), .95), joint, votes, doubt, trusted)

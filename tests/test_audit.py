@@ -87,7 +87,7 @@ def test_the_ledger_is_exact(how, monkeypatch):
 def test_the_ledger_by_name(trained):
     learn,cb = trained
     f,rec = cb.ledger,learn.dls.noise
-    assert (f['item'] == learn.dls.train.items).all() and (f.given == [str(o) for o in rec.noisy]).all() and (f.true == [str(o) for o in rec.true]).all()
+    assert f['item'].tolist() == list(learn.dls.train_ds.items) and (f.given == [str(o) for o in rec.noisy]).all() and (f.true == [str(o) for o in rec.true]).all()
     assert (f.flipped == rec.flipped).all() and f.index.name == 'position' and len(f) == 1258-1
     assert cb.learn is None
     import pickle
@@ -279,7 +279,7 @@ def test_the_one_line_estimates_the_rate(noise):
     w = cb.warm_up
     assert (h.forget_rate[:w] == 0).all() and h.noise_rate[:w-1].isna().all() and (h.noise_rate[w-1:] == cb.estimate.rate).all()
     assert h.forget_rate[w:].tolist() == forget_schedule(cb.estimate.rate, 30, cb.gradual)[w:].tolist()
-    assert learn.recorder.metric_names[6] == 'noise_rate' and abs(cb.transition().diagonal().mean()-(1-true)) < .06
+    assert learn.recorder.metric_names[7] == 'noise_rate' and abs(cb.transition().diagonal().mean()-(1-true)) < .06
 
 def test_no_rate_is_needed_and_a_later_fit_keeps_the_estimate():
     learn,cb = digits(None),JoCorCallback(k=2, num_gradual=4)
@@ -292,7 +292,8 @@ def test_no_rate_is_needed_and_a_later_fit_keeps_the_estimate():
         assert est is not None and cb.history.noise_rate.tolist()[1:] == [est.rate]*2
         learn.fit(1, 1e-2, cbs=cb)
         assert cb.estimate is est and cb.history.forget_rate.tolist()[3] == pytest.approx(est.rate)
-        learn.lr_find(num_it=5, show_plot=False)
+        with learn.added_cbs(cb): learn.lr_find(num_it=5, show_plot=False)
+    assert cb.estimate is est and len(cb.history) == 4
 
 def test_an_estimate_that_is_not_to_be_trusted(recwarn):
     x = np.random.RandomState(0).randint(0, 256, (320,8,8), dtype=np.uint8)
