@@ -6,21 +6,23 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/audit.html.md"""
 
 # %% auto #0
 __all__ = ['suspect_scores', 'save_ledger', 'load_ledger', 'rank_suspects', 'estimated_record', 'KnownLabel', 'cleaned',
-           'SuspectsLearner']
+           'SuspectsLearner', 'safe_cell', 'plain_cell', 'write_suspects', 'read_table', 'thumbnail', 'audit_page',
+           'read_labels', 'audit_learner', 'apply_reviewed', 'jocor_audit']
 
 # %% ../nbs/06_audit.ipynb #a0d10002
-import numpy as np, pandas as pd
+import hashlib, json, os, sys, numpy as np, pandas as pd
+from fastcore.script import call_parse
 from fastai.vision.all import *
 from .selection import Ledger, confident_joint, estimate_noise, transition_of
 from .noise import NoiseRecord, item_key, _names, plot_noise
 from .data import ImageStore, MemoryDatasets, MemoryDL
-from .callback import PeersCallback
+from .callback import JoCorCallback, PeersCallback
 
 # %% ../nbs/06_audit.ipynb #a0d10006
 def _items_of(ds, n):
     "What names the items of a data set: paths as text, the index of a `DataFrame`, numbers, or else positions"
     its = getattr(ds, 'items', None)
-    if isinstance(its, (pd.DataFrame,pd.Series)) and len(its) == n: return list(its.index)
+    if isinstance(its, pd.DataFrame) and len(its) == n: return list(its.index)
     if its is None or not hasattr(its, '__len__') or len(its) != n: return list(range(n))
     its = [o[0] if isinstance(o, tuple) and len(o) else o for o in its]
     if all(isinstance(o, (int,np.integer)) for o in its): return [int(o) for o in its]
@@ -77,7 +79,7 @@ suspect_scores = dict(
 def rank_suspects(
     ledger:pd.DataFrame, # `cb.ledger`, or one of `load_ledger`
     n:int=None, # At most so many; `None` for all
-    score:str='loss' # `loss`, `prob`, `margin`, `votes`, `rejected` or `combined`
+    score:str='combined' # `loss`, `prob`, `margin`, `votes`, `rejected` or `combined`
 )->pd.DataFrame: # By position in the training set, the most suspect first: item, given, suggested, score, evidence, and what is known of the truth
     "Rank the items whose label the peers vote against with as much confidence as they have in labels like their vote"
     if score not in suspect_scores: raise ValueError(f"score={score!r} is unknown: choose one of {', '.join(suspect_scores)}")
@@ -97,7 +99,7 @@ def _against(f):
 
 @patch
 @delegates(rank_suspects, but='ledger')
-def suspects(self:PeersCallback, n=None, score='loss'):
+def suspects(self:PeersCallback, n=None, score='combined'):
     "Rank the items whose labels look wrong (`rank_suspects`)"
     f = rank_suspects(self.ledger, n, score)
     if not len(f) and n != 0: warnings.warn("no label stands out: the peers vote against none with confidence")
@@ -232,7 +234,7 @@ def _cleaned_loader(train, ds, left, given, vocab, rec):
         store,pos = ImageStore(ds.store.images, targets, ds.store.types),train.pos[left]
         return train.new(MemoryDatasets(store, pos, ds.classes, ds.split_idx, rec, [tl.types for tl in ds.tls]), cls=MemoryDL, store=store, pos=pos)
     x,y = ds.tls
-    items = x.items.iloc[left] if isinstance(x.items, pd.DataFrame) else L(x.items)[left.tolist()]
+    items = x.items.iloc[left] if hasattr(x.items, 'iloc') else L(x.items)[left.tolist()]
     labels = TfmdLists([vocab[i] for i in given[left]], [KnownLabel(rec), Categorize(vocab=vocab, sort=False)], split_idx=ds.split_idx, types=y.types, do_setup=False)
     new = Datasets(tls=[x._new(items), labels], n_inp=ds.n_inp)
     if not isinstance(train, MemoryDL): return train.new(new)
@@ -245,7 +247,7 @@ def _cleaned_loader(train, ds, left, given, vocab, rec):
 class SuspectsLearner(GetAttr):
     "Stands in for a learner where fastai ranks items by their loss: training items come in the order of their suspicion"
     _default = 'learn'
-    def __init__(self, learn, cb, score='loss'): self.learn,self.cb,self.score = learn,cb,score
+    def __init__(self, learn, cb, score='combined'): self.learn,self.cb,self.score = learn,cb,score
     def get_preds(self, dl=None, **kwargs):
         if dl is None or dl.dataset is not self.learn.dls.train.dataset: return self.learn.get_preds(dl=dl, **kwargs)
         f = self.cb.items.frame()
@@ -256,10 +258,286 @@ class SuspectsLearner(GetAttr):
 @patch
 def cleaner(self:PeersCallback,
     learn, # The learner that was trained, on image files
-    score:str='loss', # As in `cb.suspects`
+    score:str='combined', # As in `cb.suspects`
     **kwargs # To `ImageClassifierCleaner`
 ):
     "Open fastai's `ImageClassifierCleaner` with the most suspect training images first"
     try: from fastai.vision.widgets import ImageClassifierCleaner
     except ImportError: raise ImportError("cleaner needs ipywidgets, which is not installed: pip install ipywidgets") from None
     return ImageClassifierCleaner(SuspectsLearner(learn, self, score), **kwargs)
+
+# %% ../nbs/06_audit.ipynb #a0d10042
+_formula = ('=','+','-','@','\t','\r','\n',"'")
+
+def safe_cell(o):
+    "Put a `'` before text that a spreadsheet would run as a formula, and before text that starts with one"
+    return f"'{o}" if isinstance(o, str) and o.startswith(_formula) else o
+
+def plain_cell(o):
+    "Undo `safe_cell`"
+    return o[1:] if isinstance(o, str) and o[:1] == "'" and o[1:].startswith(_formula) else o
+
+def write_suspects(
+    suspects:pd.DataFrame, # Of `cb.suspects()`, or any `DataFrame`
+    file # Ends in `.csv`
+):
+    "Write a `DataFrame` as a CSV that is safe to open in a spreadsheet"
+    suspects.map(safe_cell).rename(columns=safe_cell).to_csv(file)
+
+def read_table(
+    file # CSV
+)->pd.DataFrame: # All cells are text
+    "Read a CSV as text, with the cells as they were before `write_suspects`"
+    return pd.read_csv(file, dtype=str, keep_default_na=False).map(plain_cell).rename(columns=plain_cell)
+
+# %% ../nbs/06_audit.ipynb #a0d10045
+def thumbnail(
+    file, # Image file
+    size:int=96 # Longest side, in pixels
+)->str: # A JPEG as a data URL; empty where the file is no image
+    "Make a small picture of an image file"
+    import base64, io
+    try:
+        with Image.open(file) as im:
+            im.draft('RGB', (2*size,2*size))
+            im = im.convert('RGB')
+            im.thumbnail((size,size))
+            out = io.BytesIO()
+            im.save(out, 'JPEG', quality=80)
+    except Exception: return ''
+    return 'data:image/jpeg;base64,' + base64.b64encode(out.getvalue()).decode()
+
+_page = '''<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>Label audit</title>
+<style>
+body{font:15px/1.4 system-ui,sans-serif;margin:0;color:#222;background:#fff}
+header{position:sticky;top:0;background:#f4f5f7;border-bottom:1px solid #ccc;padding:.6rem 1rem;display:flex;flex-wrap:wrap;gap:.8rem;align-items:center}
+h1{font-size:1.1rem;margin:0}
+#list{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:.6rem;padding:1rem}
+.card{border:2px solid #ddd;border-radius:6px;padding:.5rem;min-height:15rem;overflow-wrap:anywhere}
+.card img{width:96px;height:96px;object-fit:contain;background:#eee;display:block}
+.card small{color:#555;display:block}
+.keep{border-color:#2a7d2a}.relabel{border-color:#1f66b1}.drop{border-color:#b13a1f}
+fieldset{border:0;padding:0;margin:.3rem 0}legend{font-weight:600}label{margin-right:.5rem}
+#bad{padding:0 1rem}
+</style></head><body>
+<header><h1>Label audit</h1><span id="count" role="status"></span>
+<label>Sort by <select id="sort"><option value="score">score</option><option value="item">file</option><option value="given">given label</option><option value="suggested">suggested label</option></select></label>
+<label>Show <select id="pair"></select></label>
+<button id="all">Relabel all shown that are undecided</button><button id="export">Export reviewed.csv</button></header>
+<div id="note"></div><main id="list"></main><div id="end"></div><section id="bad"></section>
+<script type="application/json" id="data">%DATA%</script>
+<script>
+"use strict";
+const {rows, bad, note, key} = JSON.parse(document.getElementById("data").textContent);
+const $ = id => document.getElementById(id), STEP = 60, PAIR = r => r.given + " \\u2192 " + r.suggested;
+let decisions = {}, shown = [], n = 0;
+try { decisions = JSON.parse(localStorage.getItem(key)) || {}; } catch (e) {}
+function el(tag, text, cls) { const e = document.createElement(tag); if (text !== undefined) e.textContent = text; if (cls) e.className = cls; return e; }
+function decide(r, what) { decisions[r.position] = what; try { localStorage.setItem(key, JSON.stringify(decisions)); } catch (e) {} count(); }
+function card(r) {
+  const c = el("article", undefined, "card " + (decisions[r.position] || "")), img = el("img"), f = el("fieldset");
+  if (r.picture) { img.src = r.picture; img.alt = r.item; c.append(img); } else c.append(el("em", "no picture"));
+  f.append(el("legend", PAIR(r)));
+  for (const what of ["keep", "relabel", "drop"]) {
+    const l = el("label"), i = el("input"); i.type = "radio"; i.name = "d" + r.position; i.value = what; i.checked = decisions[r.position] === what;
+    i.onchange = () => { decide(r, what); c.className = "card " + what; }; l.append(i, what); f.append(l);
+  }
+  c.append(f, el("small", r.item), el("small", "score " + r.score), el("small", r.evidence)); return c;
+}
+function more() { const part = shown.slice(n, n + STEP); n += part.length; $("list").append(...part.map(card)); }
+function count() { $("count").textContent = shown.length + " of " + rows.length + " suspects, " + Object.keys(decisions).length + " decided"; }
+function show() {
+  const by = $("sort").value, pair = $("pair").value;
+  shown = rows.filter(r => pair === "" || PAIR(r) === pair);
+  shown.sort(by === "score" ? (a, b) => b.score - a.score : (a, b) => a[by] < b[by] ? -1 : a[by] > b[by] ? 1 : b.score - a.score);
+  n = 0; $("list").replaceChildren(); more(); count();
+}
+function cell(t) { t = String(t); if (/^[=+\\-@\\t\\r\\n']/.test(t)) t = "'" + t; return /[",\\r\\n]/.test(t) ? '"' + t.replace(/"/g, '""') + '"' : t; }
+function csv() { return ["position,item,given,suggested,decision", ...rows.filter(r => decisions[r.position]).map(r => [r.position, r.item, r.given, r.suggested, decisions[r.position]].map(cell).join(","))].join("\\r\\n") + "\\r\\n"; }
+$("export").onclick = () => { const a = el("a"); a.href = URL.createObjectURL(new Blob([csv()], {type: "text/csv"})); a.download = "reviewed.csv"; a.click(); };
+$("all").onclick = () => { for (const r of shown) if (!decisions[r.position]) decisions[r.position] = "relabel"; decide(shown[0] || {position: -1}, shown[0] ? decisions[shown[0].position] : undefined); delete decisions[-1]; show(); };
+const pairs = new Map(); for (const r of rows) pairs.set(PAIR(r), (pairs.get(PAIR(r)) || 0) + 1);
+const all = el("option", "all pairs of classes"); all.value = ""; $("pair").append(all);
+for (const [p, k] of [...pairs].sort((a, b) => b[1] - a[1])) { const o = el("option", p + " (" + k + ")"); o.value = p; $("pair").append(o); }
+$("sort").onchange = show; $("pair").onchange = show;
+if (note) $("note").append(el("p", note));
+if (bad.length) { $("bad").append(el("h2", bad.length + " files that cannot be read")); for (const b of bad) $("bad").append(el("p", b)); }
+new IntersectionObserver(e => { if (e[0].isIntersecting && n < shown.length) more(); }, {rootMargin: "800px"}).observe($("end"));
+show();
+</script></body></html>
+'''
+
+def audit_page(
+    suspects:pd.DataFrame, # Of `cb.suspects()`; `item` are image files
+    file, # The page to write
+    root='', # Folder that relative paths start from
+    bad:list=(), # Files that could not be read
+    note:str='', # A sentence to show above the suspects
+    size:int=96, # Longest side of a picture, in pixels
+    pictures:list=None # Data URLs of pictures; `None` makes them from the files
+):
+    "Write a page, complete in one file, on which suspects can be looked at and decided"
+    if pictures is None: pictures = parallel(partial(thumbnail, size=size), [Path(root)/o for o in suspects['item']], n_workers=0, progress=False)
+    rows = [dict(position=int(i), item=str(f), given=str(g), suggested=str(s), score=round(float(sc), 4), evidence=e, picture=p)
+            for i,f,g,s,sc,e,p in zip(suspects.index, suspects['item'], suspects.given, suspects.suggested, suspects.score, suspects.evidence, pictures)]
+    key = 'audit-' + hashlib.blake2b(repr([(r['position'], r['item']) for r in rows]).encode(), digest_size=8).hexdigest()
+    data = json.dumps(dict(rows=rows, bad=[str(o) for o in bad], note=note, key=key)).replace('<', '\\u003c').replace('>', '\\u003e').replace('&', '\\u0026')
+    _write(file, _page.replace('%DATA%', data))
+
+def _write(file, text):
+    "Write a file whole or not at all"
+    part = Path(f'{file}.part')
+    part.write_text(text, encoding='utf-8', newline='')
+    os.replace(part, file)
+
+# %% ../nbs/06_audit.ipynb #a0d10047
+def read_labels(
+    source, # Folder with a folder of images for each class, or a CSV
+    path=None, # Folder that the CSV's files are relative to; `None` for the CSV's own
+    file_col:str='file', # Column of the CSV with the files
+    label_col:str='label' # Column of the CSV with the labels
+)->pd.DataFrame: # `file` (relative to the folder), `label`
+    "Read which image has which label, or raise a `ValueError`"
+    source = Path(source)
+    if source.is_dir():
+        files = sorted(get_image_files(source))
+        df = pd.DataFrame(dict(file=[f.relative_to(source).as_posix() for f in files], label=[f.parent.name for f in files]))
+        df = df[[f.parent != source for f in files]].reset_index(drop=True)
+        if not len(df): raise ValueError(f"source={str(source)!r} holds no images in folders: it must hold a folder of images for each class")
+    elif source.is_file():
+        df = read_table(source)
+        missing = [c for c in (file_col,label_col) if c not in df]
+        if missing: raise ValueError(f"source={str(source)!r} has no column {missing[0]!r}: it has {', '.join(map(repr, df))}; name them with --file_col and --label_col")
+        df = df[[file_col,label_col]].set_axis(['file','label'], axis=1)
+    else: raise ValueError(f"source={str(source)!r} does not exist: it must be a folder with a folder of images for each class, or a CSV")
+    twice = df.file[df.file.duplicated()].tolist()
+    if twice: raise ValueError(f"source={str(source)!r} names {len(twice)} files more than once, such as {twice[0]!r}: each file must stand there once, with one label")
+    if df.label.nunique() < 2: raise ValueError(f"source={str(source)!r} holds {df.label.nunique()} class: at least two are needed to tell a wrong label")
+    return df
+
+def _root_of(source, path): return Path(path) if path else Path(source) if Path(source).is_dir() else Path(source).parent
+
+def _readable(file):
+    try:
+        with Image.open(file) as im: im.convert('RGB')
+        return True
+    except Exception: return False
+
+def _weights_at_hand(arch):
+    "Whether torchvision's weights of a network are in its cache, so that nothing is fetched"
+    import torchvision
+    try: url = torchvision.models.get_model_weights(arch.__name__).DEFAULT.url
+    except Exception: return False
+    return (Path(torch.hub.get_dir())/'checkpoints'/url.split('/')[-1]).is_file()
+
+def audit_learner(
+    df:pd.DataFrame, # `file` and `label`, each file readable
+    root, # Folder that the files are relative to
+    size:int=128, # Side to which images are brought, in pixels
+    bs:int=32, # Items per batch; fewer where there are fewer items
+    out='.', # Where checkpoints go
+    seed:int=0
+)->Learner: # All items are trained on; a tenth of them, but with their labels as they are, is shown as validation
+    "Make a learner on images: a pretrained resnet18 if its weights are at hand, an untrained one otherwise"
+    set_seed(seed)
+    valid = np.random.RandomState(seed).permutation(len(df))[:max(1, len(df)//10)]
+    vocab = sorted(set(df.label))
+    splits = [list(range(len(df))), valid.tolist()]
+    ds = Datasets([(root/f, l) for f,l in zip(df.file, df.label)], [[ItemGetter(0), PILImage.create],[ItemGetter(1), Categorize(vocab=vocab)]], splits=splits)
+    bs = min(bs, len(df))
+    pretrained = _weights_at_hand(resnet18)
+    batch_tfms = [IntToFloatTensor] + ([Normalize.from_stats(*imagenet_stats)] if pretrained else [])
+    dls = ds.dataloaders(bs=bs, after_item=[Resize(size), ToTensor], after_batch=batch_tfms, num_workers=0 if len(df) < 2000 else defaults.cpus, drop_last=len(df) > bs)
+    return vision_learner(dls, resnet18, pretrained=pretrained, normalize=False, metrics=accuracy, path=out)
+
+def apply_reviewed(
+    df:pd.DataFrame, # Of `read_labels`
+    reviewed:pd.DataFrame # Of the page: item, given, suggested, decision
+)->pd.DataFrame: # `file`, `label`
+    "Apply decisions to a list of labels, or raise a `ValueError` where they do not fit it"
+    missing = {'item','given','suggested','decision'} - set(reviewed)
+    if missing: raise ValueError(f"reviewed has no column {sorted(missing)[0]!r}: export it from the page")
+    label = dict(zip(df.file, df.label))
+    for r in reviewed.itertuples():
+        if r.decision not in ('keep','relabel','drop'): raise ValueError(f"decision {r.decision!r} for {r.item!r} must be keep, relabel or drop")
+        if r.item not in label: raise ValueError(f"{r.item!r} is not among the files: are these the decisions on another data set?")
+        if label[r.item] != r.given: raise ValueError(f"{r.item!r} has the label {label[r.item]!r}, but was reviewed as {r.given!r}: are these the decisions on an earlier state?")
+    new = {r.item: r.suggested for r in reviewed.itertuples() if r.decision == 'relabel'}
+    drop = {r.item for r in reviewed.itertuples() if r.decision == 'drop'}
+    return df.assign(label=[new.get(f, l) for f,l in zip(df.file, df.label)])[[f not in drop for f in df.file]]
+
+# %% ../nbs/06_audit.ipynb #a0d10048
+def _audit(source, path, file_col, label_col, out, k, epochs, size, bs, n, seed, resume):
+    df,root = read_labels(source, path, file_col, label_col),_root_of(source, path)
+    ok = np.array([_readable(root/f) for f in df.file])
+    bad = df.file[~ok].tolist()
+    good = df[ok].reset_index(drop=True)
+    if good.label.nunique() < 2: raise ValueError(f"{len(bad)} of {len(df)} images cannot be read, such as {str(root/bad[0])!r}, and fewer than two classes are left")
+    out.mkdir(parents=True, exist_ok=True)
+    learn,cb = audit_learner(good, root, size, bs, out, seed),JoCorCallback(k=k, forget_rate='auto', seed=seed)
+    learn.remove_cb(ProgressCallback)
+    start = _last_checkpoint(out, good, (k, epochs, size, bs, seed)) if resume else -1
+    if start >= 0: learn.to_peers(k, seed=seed).load(f'audit_{start}', with_opt=True)
+    print(f'{len(good)} images in {good.label.nunique()} classes' + (f', {len(bad)} cannot be read' if bad else '') + (f', going on after epoch {start}' if start >= 0 else '') + ('' if learn.pretrained else '; no pretrained weights at hand, so training starts from nothing'), flush=True)
+    learn.fit_one_cycle(epochs, 1e-3, cbs=[cb, _Checkpoint(out, good, (k, epochs, size, bs, seed))], start_epoch=start+1)
+    s = rank_suspects(cb.ledger.assign(item=good.file), n)
+    pos = np.flatnonzero(ok)
+    s.index = pd.Index(pos[s.index], name='position')
+    note = str(cb.estimate) if cb.estimate is not None else ''
+    if not len(s): note = 'No label stands out: the peers vote against none with confidence. ' + note
+    write_suspects(s, out/'suspects.csv')
+    audit_page(s, out/'suspects.html', root, bad, note)
+    for f in (out/'models').glob('audit_*'): f.unlink()
+    return s,note
+
+def _mark(df, args): return hashlib.blake2b(repr((df.values.tolist(), args)).encode(), digest_size=16).hexdigest()
+
+def _last_checkpoint(out, df, args):
+    "The last epoch of an audit of the same files with the same arguments that was interrupted, or -1"
+    try: mark,epoch = (out/'models'/'audit_last.txt').read_text().split()
+    except (OSError, ValueError): return -1
+    return int(epoch) if mark == _mark(df, args) and (out/'models'/f'audit_{epoch}.pth').is_file() else -1
+
+class _Checkpoint(Callback):
+    "Save after each epoch, and then forget the one before"
+    order = 61
+    def __init__(self, out, df, args): self.out,self.mark = out,_mark(df, args)
+    def after_epoch(self):
+        self.learn.save(f'audit_{self.epoch}', with_opt=True)
+        _write(self.out/'models'/'audit_last.txt', f'{self.mark} {self.epoch}')
+        (self.out/'models'/f'audit_{self.epoch-1}.pth').unlink(missing_ok=True)
+
+@call_parse
+def jocor_audit(
+    source:str, # Folder with a folder of images for each class, or a CSV with columns for file and label
+    path:str=None, # Folder that the CSV's files are relative to; default: the CSV's own
+    file_col:str='file', # Column of the CSV with the files
+    label_col:str='label', # Column of the CSV with the labels
+    out:str='audit', # Output folder
+    apply:str=None, # reviewed.csv, exported from the page: write cleaned.csv instead of training
+    k:int=3, # Number of peers
+    epochs:int=10, # Number of epochs
+    size:int=128, # Side to which images are brought, in pixels
+    bs:int=32, # Items per batch
+    n:int=None, # At most so many suspects; default: all that stand out
+    seed:int=0, # Seed of weights and batches
+    no_resume:bool=False # Start over where an earlier audit into the same folder was interrupted
+):
+    "Find the labels of images that look wrong: write suspects.csv and suspects.html; with --apply, write a cleaned list of labels"
+    out = Path(out)
+    try:
+        if apply:
+            df = read_labels(source, path, file_col, label_col)
+            if not Path(apply).is_file(): raise ValueError(f"apply={apply!r} does not exist: export reviewed.csv from suspects.html")
+            new = apply_reviewed(df, read_table(apply))
+            if (out/'cleaned.csv').exists() and (out/'cleaned.csv').resolve() == Path(source).resolve(): raise ValueError(f"out={str(out)!r} would write over {source}: name another folder")
+            out.mkdir(parents=True, exist_ok=True)
+            new.map(safe_cell).to_csv(out/'cleaned.csv', index=False)
+            both = df.set_index('file').label.reindex(new.file)
+            return print(f"{len(df)-len(new)} dropped, {int((both.to_numpy() != new.label.to_numpy()).sum())} relabelled, {len(new)} left: {out/'cleaned.csv'}")
+        s,note = _audit(source, path, file_col, label_col, out, k, epochs, size, bs, n, seed, not no_resume)
+    except (ValueError, OSError) as e: sys.exit(f'jocor_audit: {e}')
+    print(f"{note}\n{len(s)} suspects: {out/'suspects.csv'}, {out/'suspects.html'}")

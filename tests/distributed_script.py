@@ -18,7 +18,8 @@ class Sights(Callback):
     "What this process sees of each item, in order; which item it is tells its picture"
     order,run_valid = -4.9,False
     def before_train(self):
-        if self.epoch == 0: self.which,self.seen = {x.tobytes(): i for i,x in enumerate(np.asarray(self.dls.train.store.images[self.dls.train.pos]))},[]
+        dl = getattr(self.dls.train, 'dl', self.dls.train)
+        if self.epoch == 0: self.which,self.seen = {x.tobytes(): i for i,x in enumerate(np.asarray(dl.store.images[dl.pos]))},[]
         self.seen.append([])
     def after_pred(self): self.logits = self.pred.detach().as_subclass(torch.Tensor).double()
     def after_loss(self):

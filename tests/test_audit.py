@@ -4,7 +4,7 @@ import matplotlib; matplotlib.use('agg')
 import matplotlib.pyplot as plt
 from pathlib import Path
 from fastai.vision.all import (Callback, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, Datasets, GradientAccumulation, ImageBlock, L, Learner, PILImage, ProgressCallback, RandomSplitter,
-    TfmdDL, accuracy, get_image_files, nn, noop, parent_label, set_seed)
+    TfmdDL, accuracy, get_image_files, merge, nn, noop, parent_label, set_seed)
 from hypothesis import given, strategies as st
 from fastai.callback.data import WeightedDL
 from fastai_jocor.all import *
@@ -229,7 +229,7 @@ def test_cleaner_ranks_by_suspicion(pictures):
     learn = quiet(Learner(list(all_dls(pictures))[1][1], jocor_mlp(3, 192), opt_func=fast_adam))
     cb = JoCorCallback(k=2)
     learn.fit_one_cycle(6, 1e-2, cbs=cb)
-    feed = SuspectsLearner(learn, cb)
+    feed = SuspectsLearner(learn, cb, 'loss')
     dl = feed.dls[0].new(shuffle=False, drop_last=False)
     _,targs,_,scores = feed.get_preds(dl=dl, with_input=False, with_loss=True, with_decoded=True)
     assert targs.tolist() == learn.dls.noise.noisy.tolist() and scores.argmax() == cb.ledger.loss.argmax()
@@ -238,7 +238,7 @@ def test_cleaner_ranks_by_suspicion(pictures):
     except ImportError:
         with pytest.raises(ImportError, match='ipywidgets'): cb.cleaner(learn)
         return
-    w = cb.cleaner(learn)
+    w = cb.cleaner(learn, 'loss')
     i = cb.ledger.loss[cb.ledger.given == w.dd_cats.value].idxmax()
     assert str(w.iw.fns[0]) == cb.ledger['item'][i]
 
@@ -312,3 +312,161 @@ def test_data_that_do_not_tell():
     with pytest.raises(ValueError, match='forget_rate=None asks for an estimate'): learn.fit(1, cbs=JoCorCallback())
     assert learn.model is model
     with pytest.raises(ValueError, match="forget_rate='automatic'"): JoCorCallback(forget_rate='automatic')
+
+# the command line and the page
+
+def run_audit(*args, real=False, **kwargs):
+    "The command, with a perceptron in the place of the resnet18 that takes long to train from nothing"
+    import fastai_jocor.audit as m
+    def small(dls, arch, pretrained, path, **kw):
+        learn = Learner(dls, jocor_mlp(dls.c, 3*32*32), opt_func=fast_adam, loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=path)
+        learn.pretrained = pretrained
+        return learn
+    with pytest.MonkeyPatch.context() as mp:
+        if not real: mp.setattr(m, 'vision_learner', small)
+        _run_audit(*args, **kwargs)
+
+def _run_audit(*args, **kwargs):
+    from fastai_jocor.audit import jocor_audit
+    torch.set_num_threads(1)
+    jocor_audit(*map(str, args), **kwargs)
+
+@pytest.fixture(scope='module')
+def wrong_pictures(pictures, tmp_path_factory):
+    "Pictures of three classes, some in the wrong folder, two that are no images, and odd names"
+    root = tmp_path_factory.mktemp('wrong')/'images'
+    names = {'c0': '=zero', 'c1': '<script>alert(1)</script>'.replace('/','_'), 'c2': "it's \"two\""}
+    for i,f in enumerate(sorted(get_image_files(pictures))):
+        to = names['c1'] if i%9 == 0 and f.parent.name == 'c0' else names[f.parent.name]
+        (root/to).mkdir(parents=True, exist_ok=True)
+        shutil.copy(f, root/to/f"{f.parent.name}_{i}'\"&.png")
+    for n in names.values(): (root/n/'broken.png').write_bytes(b'no image')
+    (root/names['c0']/'broken.png').unlink()
+    return root,names
+
+@pytest.fixture(scope='module')
+def audited(wrong_pictures, tmp_path_factory):
+    root,names = wrong_pictures
+    before,out = {f: f.read_bytes() for f in root.rglob('*') if f.is_file()},tmp_path_factory.mktemp('audit')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        run_audit(root, out=str(out), epochs=20, size=32, bs=16, k=2)
+    assert {f: f.read_bytes() for f in root.rglob('*') if f.is_file()} == before
+    return root,names,out
+
+def page_data(out):
+    import json, re
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', (out/'suspects.html').read_text(encoding='utf-8'), re.S)[1])
+
+def test_an_audit_of_a_folder(audited):
+    root,names,out = audited
+    s = read_table(out/'suspects.csv')
+    data = page_data(out)
+    assert sorted(p.name for p in (out/'models').glob('*')) == [] and [r['item'] for r in data['rows']] == s['item'].tolist()
+    assert len(data['bad']) == 2 and all('broken.png' in o for o in data['bad'])
+    moved = {str(f.relative_to(root).as_posix()) for f in root.rglob('c0_*') if f.parent.name == names['c1']}
+    assert len(moved) > 3 and len(set(s['item']) & moved) > len(moved)/2 and len(s) < 3*len(moved)
+    text = (out/'suspects.csv').read_text()
+    assert "'=zero" in text and all(r['picture'].startswith('data:image/jpeg;base64,') for r in data['rows'])
+    assert names['c1'] in set(s.given) and '<script>alert' not in (out/'suspects.html').read_text(encoding='utf-8')
+
+def test_apply(audited, tmp_path, capsys):
+    root,names,out = audited
+    s = read_table(out/'suspects.csv')
+    r = s[['position','item','given','suggested']].assign(decision=(['relabel','drop','keep']*len(s))[:len(s)])
+    write_suspects(r.set_index('position'), tmp_path/'reviewed.csv')
+    run_audit(root, apply=str(tmp_path/'reviewed.csv'), out=str(tmp_path/'new'))
+    new,old = read_table(tmp_path/'new'/'cleaned.csv').set_index('file').label,read_labels(root).set_index('file').label
+    want = old.to_dict()
+    for o in r.itertuples():
+        if o.decision == 'drop': del want[o.item]
+        if o.decision == 'relabel': want[o.item] = o.suggested
+    assert new.to_dict() == want and f"{(r.decision == 'drop').sum()} dropped, {(r.decision == 'relabel').sum()} relabelled" in capsys.readouterr().out
+    again = read_labels(tmp_path/'new'/'cleaned.csv', root)
+    assert dict(zip(again.file, again.label)) == want
+    for bad,msg in ((r.assign(decision='maybe'),'must be keep, relabel or drop'), (r.assign(item='x.png'),'not among the files'), (r.assign(given='other'),'was reviewed as'), (r.drop(columns='decision'),"no column 'decision'")):
+        with pytest.raises(ValueError, match=msg): apply_reviewed(read_labels(root), bad)
+
+def test_an_interrupted_audit_goes_on(wrong_pictures, tmp_path, capsys, monkeypatch):
+    import fastai_jocor.audit as m
+    root = wrong_pictures[0]
+    files = sorted(f for f in root.rglob('*.png') if 'broken' not in f.name)[::5]
+    pd.DataFrame(dict(name=[f.relative_to(root).as_posix() for f in files], cls=[f.parent.name for f in files])).to_csv(tmp_path/'l.csv', index=False)
+    args = dict(path=str(root), file_col='name', label_col='cls', epochs=3, size=32, k=2)
+    class Die(Callback):
+        order = 62
+        def after_epoch(self):
+            if self.epoch == 1: raise KeyboardInterrupt
+    old = m._Checkpoint
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        run_audit(tmp_path/'l.csv', out=str(tmp_path/'whole'), **args)
+        monkeypatch.setattr(m, 'audit_learner', lambda *a, _f=m.audit_learner, **k: (lambda l: (l.add_cb(Die()), l)[1])(_f(*a, **k)))
+        with pytest.raises(KeyboardInterrupt): run_audit(tmp_path/'l.csv', out=str(tmp_path/'cut'), **args)
+        assert (tmp_path/'cut'/'models'/'audit_1.pth').exists() and not (tmp_path/'cut'/'suspects.csv').exists()
+        monkeypatch.undo()
+        run_audit(tmp_path/'l.csv', out=str(tmp_path/'cut'), **args)
+        run_audit(tmp_path/'l.csv', out=str(tmp_path/'resnet'), real=True, **merge(args, dict(epochs=1)))
+    assert len(page_data(tmp_path/'resnet')['bad']) == 0
+    assert 'going on after epoch 1' in capsys.readouterr().out
+    assert (tmp_path/'cut'/'suspects.csv').read_bytes() == (tmp_path/'whole'/'suspects.csv').read_bytes()
+
+@pytest.mark.parametrize('make,msg', [
+    (lambda d: d/'nowhere','does not exist'), (lambda d: d,'holds no images in folders'),
+    (lambda d: csv_of(d, 'file,label\na.png,x\na.png,y\n'),'names 1 files more than once'), (lambda d: csv_of(d, 'file,label\na.png,x\nb.png,x\n'),'holds 1 class'),
+    (lambda d: csv_of(d, 'image,label\na.png,x\n'),"has no column 'file'"), (lambda d: csv_of(d, 'file,label\na.png,x\nb.png,y\n'),'cannot be read')])
+def test_bad_input(tmp_path, make, msg):
+    with pytest.raises(SystemExit, match=msg): run_audit(make(tmp_path), out=str(tmp_path/'out'))
+    assert not (tmp_path/'out').exists()
+
+def csv_of(d, text):
+    (d/'labels.csv').write_text(text)
+    return d/'labels.csv'
+
+@given(st.lists(st.text(max_size=12).filter(lambda s: '\x00' not in s and not any(0xd800 <= ord(c) < 0xe000 for c in s)), max_size=8))
+def test_cells_are_safe_and_come_back(names):
+    import tempfile
+    assert [plain_cell(safe_cell(o)) for o in names] == names
+    assert not any(str(safe_cell(o))[:1] in tuple('=+-@\t\r') and str(safe_cell(o)) for o in names)
+
+# the page in a browser, which counts what it does and leaves it in its title
+
+BROWSER = next((b for b in map(shutil.which, ('chromium','chromium-browser','google-chrome')) if b), None)
+
+def in_browser(page, script, tmp_path):
+    "Open a page with a script at its end that writes to the element `out`, and give its text"
+    import html, re
+    text = page.read_text(encoding='utf-8').replace('</body>', f'<pre id="out"></pre><script>try {{ document.getElementById("out").textContent = JSON.stringify((() => {{ {script} }})()); }} catch (e) {{ document.getElementById("out").textContent = JSON.stringify("error: " + e); }}</script></body>')
+    (tmp_path/'page.html').write_text(text, encoding='utf-8')
+    p = subprocess.run([BROWSER,'--headless','--no-sandbox','--disable-gpu','--disable-background-networking',f'--user-data-dir={tmp_path/"profile"}','--dump-dom',(tmp_path/'page.html').as_uri()], capture_output=True, text=True, timeout=120)
+    import json
+    return json.loads(html.unescape(re.search(r'<pre id="out">(.*?)</pre>', p.stdout, re.S)[1]))
+
+@pytest.mark.skipif(BROWSER is None, reason='Chromium is not installed')
+def test_the_page_in_a_browser(tmp_path):
+    n = 10_000
+    rs = np.random.RandomState(0)
+    given = ['<script>alert(1)</script>','=cat','dog "x"']
+    s = pd.DataFrame(dict(item=[f"""it's "{i}" <img src=x onerror=alert(1)>.png""" for i in range(n)], given=[given[i%3] for i in range(n)], suggested=[given[(i+1)%3] for i in range(n)], score=rs.rand(n), evidence='e'))
+    s.loc[77, 'score'] = 2.
+    audit_page(s, tmp_path/'suspects.html', bad=['<b>bad</b>.png'], note='<i>note</i>', pictures=['data:image/jpeg;base64,AAAA']*n)
+    got = in_browser(tmp_path/'suspects.html', '''
+        const cards = () => [...document.querySelectorAll("article")], first = cards()[0].textContent, start = cards().length;
+        const scores = cards().map(c => parseFloat(c.querySelectorAll("small")[1].textContent.slice(6)));
+        $("pair").value = $("pair").options[1].value; $("pair").onchange();
+        const legends = [...new Set(cards().map(c => c.querySelector("legend").textContent))];
+        const radios = cards()[0].querySelectorAll("input"); radios[1].checked = true; radios[1].onchange();
+        cards()[1].querySelectorAll("input")[2].onchange();
+        $("sort").value = "item"; $("sort").onchange();
+        return {first, start, descending: scores.every((s, i) => !i || s <= scores[i-1]), legends, count: $("count").textContent, csv: csv(), scripts: document.scripts.length, markup: document.querySelectorAll("article script, article b, #bad b, #note i, img[onerror]").length,
+            options: $("pair").options.length, bad: $("bad").textContent, note: $("note").textContent, after: cards().length};''', tmp_path)
+    best = s.loc[77]
+    assert got['first'].startswith(f'{best.given} → {best.suggested}') and best['item'] in got['first']
+    assert 0 < got['start'] < 1000 and got['after'] < 1000 and got['descending'] and len(got['legends']) == 1 and got['options'] == 4
+    assert got['markup'] == 0 and got['scripts'] == 3 and '<b>bad</b>.png' in got['bad'] and got['note'] == '<i>note</i>'
+    assert got['count'].startswith(f'{n//3+1} of {n} suspects, 2 decided') or got['count'].startswith(f'{n//3} of {n} suspects, 2 decided')
+    (tmp_path/'reviewed.csv').write_text(got['csv'], newline='')
+    r = read_table(tmp_path/'reviewed.csv')
+    assert list(r) == ['position','item','given','suggested','decision'] and sorted(r.decision) == ['drop','relabel']
+    for o in r.itertuples(): assert (o.item, o.given, o.suggested) == tuple(s.loc[int(o.position), ['item','given','suggested']])
+    assert 'http' not in (tmp_path/'suspects.html').read_text(encoding='utf-8')
