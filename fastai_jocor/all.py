@@ -14,7 +14,7 @@ from .peers import *
 from .noise import *
 from .data import *
 from .callback import *
-from .audit import *
 from .methods import *
+from .audit import *
 
 __all__ = [o for o in dir() if not o.startswith('_')]

@@ -73,13 +73,13 @@ def _ledger_file(file):
 # %% ../nbs/06_audit.ipynb #a0d10015
 def _ranked(x): return x.rank(pct=True)
 suspect_scores = dict(
-    loss=lambda f: f.loss, prob=lambda f: 1-f.prob, margin=lambda f: f.conf-f.prob, votes=lambda f: 1-f.votes_given, rejected=lambda f: 1-f.kept,
-    combined=lambda f: (_ranked(f.loss) + _ranked(f.conf-f.prob))/2)
+    loss=lambda f: f.loss, last=lambda f: f.last_loss, prob=lambda f: 1-f.prob, margin=lambda f: f.conf-f.prob, votes=lambda f: 1-f.votes_given, rejected=lambda f: 1-f.kept,
+    combined=lambda f: (_ranked(f.loss) + _ranked(f.conf-f.prob))/2, recent=lambda f: (_ranked(f.loss) + _ranked(f.last_loss))/2)
 
 def rank_suspects(
     ledger:pd.DataFrame, # `cb.ledger`, or one of `load_ledger`
     n:int=None, # At most so many; `None` for all
-    score:str='combined' # `loss`, `prob`, `margin`, `votes`, `rejected` or `combined`
+    score:str='combined' # `loss`, `last`, `prob`, `margin`, `votes`, `rejected` or `combined`
 )->pd.DataFrame: # By position in the training set, the most suspect first: item, given, suggested, score, evidence, and what is known of the truth
     "Rank the items whose label the peers vote against with as much confidence as they have in labels like their vote"
     if score not in suspect_scores: raise ValueError(f"score={score!r} is unknown: choose one of {', '.join(suspect_scores)}")
