@@ -15,5 +15,6 @@ from .noise import *
 from .data import *
 from .callback import *
 from .methods import *
+from .audit import *
 
 __all__ = [o for o in dir() if not o.startswith('_')]

@@ -7,12 +7,13 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/callback.html.md"""
 # %% auto #0
 __all__ = ['ColumnNames', 'ColumnsCallback', 'is_validating', 'is_plain_ce', 'is_multi_label', 'per_sample_loss', 'epoch_idxs',
            'listed_idxs', 'same_random_states', 'random_states', 'restore_random_states', 'distributed_world',
-           'SafeSaveModelCallback', 'AutocastBF16', 'UndoPeers', 'call_defined', 'Sightings', 'gather_rows',
-           'PeersCallback', 'PruneBatch', 'same_buffers', 'take_items', 'JoCorCallback']
+           'SafeSaveModelCallback', 'AutocastBF16', 'UndoPeers', 'call_defined', 'Sightings', 'ItemSource',
+           'gather_rows', 'PeersCallback', 'PruneBatch', 'same_buffers', 'take_items', 'JoCorCallback']
 
 # %% ../nbs/05_callback.ipynb #354eb306
 import itertools, math, os, random, torch, numpy as np, pandas as pd
 from contextlib import ExitStack
+from dataclasses import asdict
 from numbers import Integral
 from operator import attrgetter
 from fastai.basics import *
@@ -23,7 +24,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.layers import NoneReduce
 from fastai.torch_core import get_random_states, set_random_states
 from .losses import peer_log_probs, joint_loss, joint_loss_multi, check_contrast, check_co_lambda, check_number
-from .selection import check_forget_rate, default_num_gradual, forget_schedule, keep_count, select_small, select_small_global, Ledger
+from .selection import check_forget_rate, default_num_gradual, forget_schedule, keep_count, select_small, select_small_global, Ledger, NoiseEstimate, estimate_noise
 from .peers import Peers, PeerSplitter, make_peers, check_k, check_seed
 
 # %% ../nbs/05_callback.ipynb #79a2ea09
@@ -282,8 +283,8 @@ def call_defined(
 # %% ../nbs/05_callback.ipynb #7ed9e700
 class Sightings:
     "Collect what the batches of an epoch show of their items, without an operation on the device until a few hundred are folded into one"
-    names = ('idx','repeated','kept','loss','prob','vote','as_given','agree')
-    dtypes = (torch.long,torch.bool,torch.float,torch.float,torch.float,torch.long,torch.bool,torch.bool)
+    names = ('idx','repeated','kept','loss','prob','vote','as_given','agree','conf','given')
+    dtypes = (torch.long,torch.bool,torch.float,torch.float,torch.float,torch.long,torch.bool,torch.bool,torch.float,torch.long)
     every = 256 # Batches that are folded into one
     def __init__(self): self.batches,self.folded = [],[]
 
@@ -311,6 +312,24 @@ class Sightings:
         cols = zip(*self.folded) if self.folded else [[torch.empty(0, dtype=o, device=device)] for o in self.dtypes]
         return dict(zip(self.names, map(torch.cat, cols)))
 
+def _class_names(dls):
+    "Names of the classes, or `None`"
+    try: vocab = dls.vocab
+    except AttributeError: return None
+    vocab = vocab[-1] if isinstance(vocab, (L,list,tuple)) and len(vocab) and isinstance(vocab[-1], (L,list,tuple,CategoryMap)) else vocab
+    return None if vocab is None else [str(o) for o in vocab]
+
+class ItemSource:
+    "What names the training items and their classes after the fit; the data set is left behind when this is pickled"
+    def __init__(self, ds=None, vocab=None): self.ds,self.vocab = ds,vocab
+    def __getstate__(self): return dict(ds=None, vocab=self.vocab)
+
+def _rows_of(seen, idx, watch, epoch):
+    "What an epoch has seen of some items, a `dict` for each time"
+    at = torch.isin(idx, torch.as_tensor(watch, device=idx.device)).nonzero()[:,0]
+    cols = dict(pos=idx, **{o: seen[o] for o in ('loss','prob','vote','kept')})
+    return [dict(epoch=epoch, **dict(zip(cols, row))) for row in zip(*(o[at].tolist() for o in cols.values()))]
+
 def gather_rows(
     t:Tensor # Of this process, shape (m, ...); m may differ between processes
 )->Tensor: # Of all processes of `torch.distributed`, one after the other
@@ -333,25 +352,28 @@ class PeersCallback(ColumnsCallback):
     _stateattrs = ('logits','targs')
     def __init__(self,
         k:int=2, # Number of peers, at least 1
-        forget_rate:float=None, # Final share τ of each batch that is dropped, in [0, 1); `None`: the known noise rate of `dls.noise`
+        forget_rate=None, # Final share τ of each batch that is dropped, in [0, 1); `auto`: estimated from the first epochs; `None`: the known noise rate of `dls.noise`, or else `auto`
         num_gradual:int=None, # Epochs over which the forget rate rises to τ; `None`: 10, or more on small data, at most half of the run (`default_num_gradual`)
         exponent:float=1., # Exponent c > 0: the rise ends at τ**c
         models=None, # A list of k models, or a factory called once a peer; `None`: from the learner's model
         init:str=None, # Peers of one model: `all` layers draw new weights, or the `head` only; `None`: `head` for a pretrained or frozen model
         seed:int=None, # Seed of the peers' weights; `None` draws one from torch's random state
         restart:bool=False, # Start the forget schedule over in every fit with this callback, instead of going on where the last one ended
-        select:str='global' # Where several processes train together: `global` keeps what one process would keep of the union of their batches, `local` selects in each
+        select:str='global', # Where several processes train together: `global` keeps what one process would keep of the union of their batches, `local` selects in each
+        watch=() # Positions in the training set of items whose figures are kept for each epoch, at `watched`
     ):
         check_k(k)
-        if forget_rate is not None: check_forget_rate(forget_rate)
+        if not (forget_rate is None or isinstance(forget_rate, str) and forget_rate == 'auto'): check_forget_rate(forget_rate)
         check_seed(seed)
         if init not in (None,'all','head'): raise ValueError(f"init={init!r} must be None, 'all' or 'head'")
         if select not in ('global','local'): raise ValueError(f"select={select!r} must be 'global' or 'local'")
-        forget_schedule(forget_rate or 0., 1, num_gradual, exponent)
+        forget_schedule(0., 1, num_gradual, exponent)
         super().__init__()
         self.companions.append(UndoPeers(self))
         self.restart,self.select,self.done,self.rate,self.before_finder,self.world = restart,select,0,0.,None,1
-        self.items = self.pruned = None
+        self.items = self.pruned = self.estimate = self.tau = None
+        self.source = ItemSource()
+        self.watch,self.watched = np.asarray(list(watch), dtype=np.int64),[]
         self.listing = ExitStack()
         self.k,self.forget_rate,self.num_gradual,self.exponent,self.models,self.init,self.seed = k,forget_rate,num_gradual,exponent,models,init,seed
 
@@ -371,7 +393,7 @@ class PeersCallback(ColumnsCallback):
         return torch.where(times > 0, losses*times, 0.).sum()*self.world/n, times, losses
 
     @property
-    def columns(self): return ['forget_rate','kept','agreement'] + (['label_precision','label_recall'] if self.noise is not None else []) + ['non_finite']
+    def columns(self): return ['forget_rate','kept','agreement'] + ['noise_rate']*self.estimates + (['label_precision','label_recall'] if self.noise is not None else []) + ['non_finite']
     @property
     def noise(self):
         "Record of the corruption of the training set, if its true labels are known"
@@ -384,6 +406,7 @@ class PeersCallback(ColumnsCallback):
         self._noise,self.figures = self.noise,None
         mix = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler)]
         if mix: raise ValueError(f"{mix[0]} mixes the labels of two items, and small-loss selection needs one label per item: train without {mix[0]}")
+        if self.restart: self.estimate,self.watched = None,[]
         self.tau,self.world = self._final_rate(),distributed_world(self.learn)
         self.accumulates = any(isinstance(cb, GradientAccumulation) for cb in self.learn.cbs)
         if self.world > 1: _let_loaders_broadcast()
@@ -399,8 +422,6 @@ class PeersCallback(ColumnsCallback):
         self.last_loss,self.told = torch.zeros((), device=self.device),False
         self.opt.zero_grad()
         self.learn._call_one = partial(call_defined, self.learn)
-
-    def _check_fit(self): "Refuse a learner that the method cannot train, before anything is changed"
 
     def _reads_are_free(self): return self.device.type == 'cpu'
 
@@ -430,10 +451,16 @@ class PeersCallback(ColumnsCallback):
     def _schedule(self):
         "Forget rates of this fit's epochs; a later fit goes on where the last one ended, a resumed one counts its epochs from 0"
         if self.restart or self.start: self.done,self.rate = 0,0.
-        self.before,n,frozen = self.done,self.done+self.n_epoch,bool(self.opt.frozen_idx)
-        gradual = ifnone(self.num_gradual, max(default_num_gradual(n, len(self.dls.train)), int(frozen)))
-        rates = np.maximum(forget_schedule(self.tau, n, gradual, self.exponent)[self.done:], self.rate if self.done else 0.)
+        self.before,self.least,n = self.done,self.rate if self.done else 0.,self.done+self.n_epoch
+        self.gradual = ifnone(self.num_gradual, max(default_num_gradual(n, len(self.dls.train)), int(bool(self.opt.frozen_idx))))
+        self.warm_up = max(2, (self.gradual+1)//2)
+        rates = self._rates()
         return np.full(self.n_epoch, rates[0]) if self.finding else rates
+
+    def _rates(self):
+        "Forget rates of this fit's epochs: those of τ where it is known, nothing is dropped where it is not yet estimated"
+        if self.tau is None: return np.full(self.n_epoch, self.least)
+        return np.maximum(forget_schedule(self.tau, self.before+self.n_epoch, self.gradual, self.exponent)[self.before:], self.least)
 
     def detach(self):
         self.listing.close()
@@ -443,11 +470,39 @@ class PeersCallback(ColumnsCallback):
         self.detach()
         self.peers.run_state = None
 
+    @property
+    def estimates(self):
+        "Whether τ is estimated from the first epochs"
+        return self.forget_rate == 'auto' or (self.forget_rate is None and self.noise is None)
+
     def _final_rate(self):
-        if self.forget_rate is not None: return self.forget_rate
-        if self.noise is not None: return check_forget_rate(self.noise.noise_rate)
-        raise ValueError("forget_rate=None needs data of a known noise rate, but these DataLoaders were not corrupted by fastai_jocor: "
-                         "pass forget_rate, your estimate of the share of wrong labels, such as JoCorCallback(forget_rate=0.2)")
+        "τ, or `None` as long as it is not estimated"
+        if self.estimates: return None if self.estimate is None else self.estimate.rate
+        return self.forget_rate if self.forget_rate is not None else check_forget_rate(self.noise.noise_rate)
+
+    def _check_fit(self):
+        "Refuse a learner that the method cannot train, before anything is changed, and keep what names the items after the fit"
+        train = self.dls.train
+        ds = train.dataset
+        n = len(ds) if hasattr(ds, '__len__') else 0
+        self.source = ItemSource(ds, _class_names(self.dls))
+        if len(self.watch) and not ((0 <= self.watch) & (self.watch < n)).all(): raise ValueError(f"watch={self.watch.tolist()[:20]} must hold positions in the training set of {n} items")
+        if not self.estimates: return
+        if self.multi_label or not n or not self.tells:
+            raise ValueError(f"forget_rate={self.forget_rate!r} asks for an estimate of the noise rate, which needs one class an item and a fastai loader that tells which items it gives: "
+                             "pass forget_rate, your guess of the share of wrong labels, such as JoCorCallback(forget_rate=0.2)")
+
+    def _after_update(self, seen, idx):
+        "Keep the figures of the watched items, and estimate τ when the warm-up ends"
+        if len(self.watch): self.watched += _rows_of(seen, idx, self.watch, self.before+self.epoch)
+        if not self.estimates or self.estimate is not None or self.before+self.epoch+1 < self.warm_up: return
+        est = estimate_noise(self.items, self.n_classes)
+        self.estimate = est if self.world == 1 else _from_rank0(est)
+        self.tau,self.schedule = self.estimate.rate,None
+        self.schedule = self._rates()
+        if not self.estimate.trusted: warnings.warn(f"epoch {self.epoch}: {self.estimate}")
+
+    def _estimated(self): return [] if not self.estimates else [float('nan') if self.estimate is None else self.estimate.rate]
 
     def _try_batch(self):
         "Check a batch and the loss on it before anything is changed; where the model needs what other callbacks do to a batch, the first batch is checked"
@@ -468,7 +523,7 @@ class PeersCallback(ColumnsCallback):
         y = _column(targs[0])
         if not isinstance(pred, Tensor) or pred.ndim != 2 or len(pred) != len(y):
             raise ValueError(f"the model gave {tuple(pred.shape) if isinstance(pred, Tensor) else type(pred).__name__} for {len(y)} items: it must give logits of shape (N, C)")
-        self.multi_label = is_multi_label(self.loss_func, y)
+        self.multi_label,self.n_classes = is_multi_label(self.loss_func, y),pred.shape[1]
         if self.multi_label: self._check_labels(pred, y)
         else: self._check_classes(pred, y)
         self.item_loss = per_sample_loss(self.loss_func, pred, y)
@@ -495,7 +550,11 @@ class PeersCallback(ColumnsCallback):
         "Go on with the random states and the rows of a run that was interrupted after the epoch before this one"
         self.resume = None
         if state['epoch'] != self.epoch-1: return
-        self.rows = list(state['rows'])
+        self.rows,self.watched = list(state['rows']),list(state.get('watched', []))
+        if state.get('estimate') is not None:
+            self.estimate = NoiseEstimate(**state['estimate'])
+            self.tau = self._final_rate()
+            self.schedule = self._rates()
         if state['ledger'] is not None and self.items is not None: self.items.load_state(state['ledger'])
         if hasattr(self.learn, 'recorder'): self.recorder.smooth_loss.count,self.recorder.smooth_loss.val = state['smooth']
         restore_random_states(state['random'], self.dls)
@@ -566,13 +625,15 @@ class PeersCallback(ColumnsCallback):
             best,vote = logits > 0,torch.full_like(targ[:,0], -1, dtype=torch.long)
             as_given,prob = ((pred > 0) == targ.bool()).all(-1),torch.where(targ.bool(), pred, -pred).sigmoid().mean(-1)
             agree = (best == best[0]).all(0).all(-1)
+            conf,given = pred.abs().sigmoid().mean(-1),vote
         else:
-            best,vote = logits.argmax(-1),pred.argmax(-1)
-            as_given,prob = vote == targ,pred.gather(-1, targ.long()[:,None])[:,0].exp()
+            best,(conf,vote) = logits.argmax(-1),pred.max(-1)
+            given,conf = targ.long(),conf.exp()
+            as_given,prob = vote == given,pred.gather(-1, given[:,None])[:,0].exp()
             agree = (best == best[0]).all(0)
         losses = losses.detach().nan_to_num(torch.inf, torch.inf, torch.inf)
         repeated = None if self.repeated is None else self.repeated[self.at:self.at+self.n]
-        seen = (kept, losses, prob, vote, as_given, agree)
+        seen = (kept, losses, prob, vote, as_given, agree, conf, given)
         if len(losses) < self.n: seen = self._spread(*seen)
         self.sightings.add(self.n, self.batch_idxs, repeated, *seen)
 
@@ -618,8 +679,9 @@ class PeersCallback(ColumnsCallback):
         clean = None if self.flags is None or idx is None else self.flags[idx].cpu()
         known = [] if self.noise is None else [float('nan')]*2 if clean is None else [share(kept[clean].sum(), kept.sum()), share(kept[clean].sum(), clean.sum())]
         if idx is not None and not self.finding:
-            self.items.update(idx, *(seen[o] for o in ('loss','prob','vote','as_given','agree','kept')))
-        return [self.rate, share(kept.sum(), len(kept)), share(seen['agree'].cpu()[scored].sum(), scored.sum()), *known, int(seen['loss'].isinf().sum())]
+            self.items.update(idx, *(seen[o] for o in ('loss','prob','vote','as_given','agree','kept','conf','given')))
+            self._after_update(seen, idx)
+        return [self.rate, share(kept.sum(), len(kept)), share(seen['agree'].cpu()[scored].sum(), scored.sum()), *self._estimated(), *known, int(seen['loss'].isinf().sum())]
 
     def after_epoch(self):
         trained = self.figures is not None and not self.finding
@@ -627,7 +689,7 @@ class PeersCallback(ColumnsCallback):
         if not trained: return
         self.done = self.before+self.epoch+1
         self.peers.run_state = dict(epoch=self.epoch, ledger=None if self.items is None else self.items.state(), rows=[{k: float(v) if isinstance(v, float) else int(v) for k,v in r.items()} for r in self.rows],
-                                    smooth=(self.recorder.smooth_loss.count, self.recorder.smooth_loss.val) if hasattr(self.learn, 'recorder') else (0, torch.tensor(0.)), random=random_states(self.dls))
+                                    watched=self.watched, estimate=None if self.estimate is None else asdict(self.estimate), smooth=(self.recorder.smooth_loss.count, self.recorder.smooth_loss.val) if hasattr(self.learn, 'recorder') else (0, torch.tensor(0.)), random=random_states(self.dls))
 
     def epoch_values(self):
         values,self.figures = self.figures,None
@@ -665,13 +727,13 @@ class JoCorCallback(PeersCallback):
     def __init__(self,
         k:int=2, # Number of peers, at least 1; 1 is small-loss training of a single network
         co_lambda:float=0.8, # Weight λ of the contrast against the cross-entropy, in [0, 1]; the same meaning for any k and contrast
-        forget_rate:float=None, # Final share τ of each batch that is dropped, in [0, 1); `None`: the known noise rate of `dls.noise`
+        forget_rate=None, # Final share τ of each batch that is dropped, in [0, 1); `auto`: estimated from the first epochs; `None`: the known noise rate of `dls.noise`, or else `auto`
         contrast:str='kl', # `kl`, `kl_circular`, `ce` or `ce_circular`
         num_gradual:int=None, # Epochs over which the forget rate rises to τ; `None`: 10, or more on small data, at most half of the run (`default_num_gradual`)
         exponent:float=1., # Exponent c > 0: the rise ends at τ**c
         prune:str=None, # Do not compute what selection throws away: `exact` selects by a forward pass without gradients, `approx` by the losses of earlier epochs; `None` computes all
         refresh:int=5, # Every how many epochs `prune='approx'` computes the losses of all items, at least 1
-        **kwargs # `models`, `init`, `seed`, `restart`, `select`: see `PeersCallback`
+        **kwargs # `models`, `init`, `seed`, `restart`, `select`, `watch`: see `PeersCallback`
     ):
         super().__init__(k, forget_rate, num_gradual, exponent, **kwargs)
         if prune not in (None,'exact','approx'): raise ValueError(f"prune={prune!r} must be None, 'exact' or 'approx'")

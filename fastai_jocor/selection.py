@@ -6,10 +6,12 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/selection.html.md"""
 
 # %% auto #0
 __all__ = ['check_forget_rate', 'default_num_gradual', 'forget_schedule', 'keep_count', 'select_small', 'select_small_global',
-           'selection_counts', 'label_precision', 'label_recall', 'Ledger']
+           'selection_counts', 'label_precision', 'label_recall', 'Ledger', 'confident_joint', 'transition_of',
+           'NoiseEstimate', 'estimate_noise']
 
 # %% ../nbs/01_selection.ipynb #1bbc6282
 import numpy as np, torch
+from dataclasses import dataclass
 from numbers import Integral
 from torch import Tensor
 from .losses import check_number
@@ -103,8 +105,8 @@ def _turns(idx):
     return torch.empty_like(idx).scatter_(0, order, torch.arange(len(s), device=s.device) - torch.searchsorted(s, s))
 
 class Ledger:
-    "Keep running figures of every training item, 40 bytes each, however long the training"
-    _ints,_floats = ('seen','scored','agreed','as_given','vote','lead'),('kept','loss','last_loss','prob')
+    "Keep running figures of every training item, 48 bytes each, however long the training"
+    _ints,_floats = ('seen','scored','agreed','as_given','vote','lead','given'),('kept','loss','last_loss','prob','conf')
     def __init__(self,
         n:int, # Number of items
         device='cpu' # Where the figures are kept
@@ -112,7 +114,7 @@ class Ledger:
         self.n,self.device = n,torch.device(device)
         for name in self._ints:   setattr(self, name, torch.zeros(n, dtype=torch.int32, device=device))
         for name in self._floats: setattr(self, name, torch.zeros(n, device=device))
-        self.vote.fill_(-1); self.last_loss.fill_(torch.nan)
+        self.vote.fill_(-1); self.given.fill_(-1); self.last_loss.fill_(torch.nan)
 
     @torch.no_grad()
     def update(self,
@@ -122,16 +124,19 @@ class Ledger:
         vote:Tensor, # Label of the largest mean probability, shape (m,); -1 for none
         as_given:Tensor, # Whether the vote is the given label, shape (m,), bool
         agree:Tensor, # Whether all peers vote alike, shape (m,), bool
-        kept:Tensor # How often each was kept, shape (m,), float
+        kept:Tensor, # How often each was kept, shape (m,), float
+        conf:Tensor, # Mean probability of the vote, shape (m,)
+        given:Tensor # Given label of each, shape (m,); -1 where it is not one class
     ):
         "Add what was seen of some items"
         scored = ~loss.isnan()
         self.seen.index_add_(0, idx, torch.ones_like(idx, dtype=torch.int32))
         self.kept.index_add_(0, idx, kept.float())
-        idx,loss,prob,vote,as_given,agree = (o[scored] for o in (idx,loss,prob,vote,as_given,agree))
+        idx,loss,prob,vote,as_given,agree,conf,given = (o[scored] for o in (idx,loss,prob,vote,as_given,agree,conf,given))
+        self.given[idx] = given.int()
         ok = loss.isfinite()
         for name,o in dict(scored=ok, agreed=agree & ok, as_given=as_given & ok).items(): getattr(self, name).index_add_(0, idx, o.int())
-        for name,o in dict(loss=loss, prob=prob).items(): getattr(self, name).index_add_(0, idx, torch.where(ok, o, 0.).float())
+        for name,o in dict(loss=loss, prob=prob, conf=conf).items(): getattr(self, name).index_add_(0, idx, torch.where(ok, o, 0.).float())
         turn = _turns(idx)
         for t in range(int(turn.max())+1 if len(idx) else 0): self._latest(*(o[turn==t] for o in (idx,loss,vote.int(),ok)))
 
@@ -148,8 +153,8 @@ class Ledger:
         import pandas as pd
         f = {name: getattr(self, name).cpu().numpy() for name in (*self._ints, *self._floats)}
         with np.errstate(invalid='ignore', divide='ignore'):
-            means = {name: f[o]/f['scored'] for name,o in dict(loss='loss', prob='prob', votes_given='as_given', agreement='agreed').items()}
-            return pd.DataFrame(dict(seen=f['seen'], kept=f['kept']/f['seen'], last_loss=f['last_loss'], vote=f['vote'], **means)).rename_axis('item')
+            means = {name: f[o]/f['scored'] for name,o in dict(loss='loss', prob='prob', conf='conf', votes_given='as_given', agreement='agreed').items()}
+            return pd.DataFrame(dict(seen=f['seen'], kept=f['kept']/f['seen'], last_loss=f['last_loss'], given=f['given'], vote=f['vote'], stability=(1+f['lead']/f['scored'])/2, **means)).rename_axis('item')
 
     def state(self):
         "All figures as a `dict` of tensors"
@@ -159,3 +164,56 @@ class Ledger:
         "Take over figures of `state()`"
         for name,o in state.items(): setattr(self, name, o.to(self.device).clone())
         return self
+
+# %% ../nbs/01_selection.ipynb #862fc109
+def confident_joint(
+    ledger, # A `Ledger`, or its `frame()`
+    n_classes:int # Number of classes C, at least 2
+)->np.ndarray: # Share of the items with true label i and given label j, shape (C, C), float64; sums to 1
+    "Estimate the joint distribution of true and given labels from what the peers believe (confident learning, Northcutt et al. 2021)"
+    f = ledger.frame() if isinstance(ledger, Ledger) else ledger
+    f = f[(f.given >= 0) & (f.vote >= 0) & f.prob.notna()]
+    given,vote,prob,conf = (f[o].to_numpy() for o in ('given','vote','prob','conf'))
+    if len(f) == 0: raise ValueError("ledger holds no item with a given label that was seen: train with it first")
+    n = np.bincount(given, minlength=n_classes)
+    least = np.bincount(given, prob, n_classes)/np.maximum(n, 1)
+    against = (vote != given) & (conf >= least[vote]) & (n[vote] > 0)
+    sure = against | (prob >= least[given])
+    counts = np.zeros((n_classes,n_classes))
+    np.add.at(counts, (np.where(against, vote, given)[sure], given[sure]), 1)
+    return counts/np.maximum(counts.sum(0), 1)*n/len(f)
+
+def transition_of(
+    joint:np.ndarray # Of `confident_joint`, shape (C, C)
+)->np.ndarray: # `T[i,j]`: probability that an item of class i is labelled j, shape (C, C); the identity in the row of a class without items
+    "Give the transition matrix of a joint distribution of true and given labels"
+    n = joint.sum(1, keepdims=True)
+    return np.where(n > 0, joint/np.where(n > 0, n, 1), np.eye(len(joint)))
+
+@dataclass
+class NoiseEstimate:
+    "The share of wrong labels as the ledger of the first epochs tells it"
+    rate:float # The share τ to train with, in [0, 1)
+    joint:float # What the confident joint gives
+    votes:float # What the votes give: those against the label, less those in doubt
+    doubt:float # Share of the sightings in which the peers did not vote alike; of a single network, of its votes that were not for the item's majority
+    trusted:bool # Whether few enough votes are in doubt
+    def __str__(self):
+        if self.trusted: return f"{self.rate:.1%} of the labels look wrong"
+        return (f"the noise rate cannot be told from what the peers have learned so far: sure votes give {self.joint:.2f}, all votes less the {self.doubt:.0%} in doubt give {self.votes:.2f}, which is not to be trusted either; "
+                f"training goes on with the smaller, {self.rate:.2f}. Pass forget_rate, your guess of the share of wrong labels, or lengthen the warm-up with a larger num_gradual")
+
+def estimate_noise(
+    ledger, # A `Ledger`, or its `frame()`
+    n_classes:int, # Number of classes C, at least 2
+    max_doubt:float=0.2 # Largest share of votes in doubt with which the confident joint is trusted
+)->NoiseEstimate:
+    "Estimate the share of wrong labels by the confident joint; where too many votes are in doubt, by the smaller of two estimates"
+    f = ledger.frame() if isinstance(ledger, Ledger) else ledger
+    f = f[(f.given >= 0) & (f.vote >= 0) & f.prob.notna()]
+    if len(f) == 0: return NoiseEstimate(0., 0., 0., 1., False)
+    joint = 1-float(np.trace(confident_joint(f, n_classes)))
+    doubt = 1-float((f.agreement if (f.agreement < 1).any() else f.stability).mean())
+    votes = max(float((f.vote != f.given).mean())-doubt, 0.)
+    trusted = doubt <= max_doubt
+    return NoiseEstimate(min(joint if trusted else min(joint, votes), .95), joint, votes, doubt, trusted)

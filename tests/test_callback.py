@@ -248,7 +248,7 @@ def test_a_refused_fit_changes_nothing():
     learn.create_opt()
     model,opt,splitter,n = learn.model,learn.opt,learn.splitter,len(learn.cbs)
     weights = [p.clone() for p in model.parameters()]
-    with pytest.raises(ValueError, match='forget_rate=None'): learn.fit(1, cbs=JoCorCallback())
+    with pytest.raises(ValueError, match='watch='): learn.fit(1, cbs=JoCorCallback(watch=[10**6]))
     class Odd(nn.Module):
         def __init__(self): super().__init__(); self.w = nn.Parameter(torch.randn(64,10))
         def forward(self, x): return x.flatten(1) @ self.w

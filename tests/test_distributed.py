@@ -1,5 +1,5 @@
 "Two real processes on the CPU (gloo), against one process on the union of their batches."
-import os, subprocess, sys, numpy as np, pytest, torch
+import os, subprocess, sys, numpy as np, pandas as pd, pytest, torch
 import torch.nn.functional as F
 from pathlib import Path
 from fastai_jocor.all import *
@@ -61,6 +61,23 @@ def test_two_processes_are_one(tmp_path, select):
     other = one_process((a,b), 'local' if select=='global' else 'global')[0]
     assert any((p-q).abs().max() > 1e-4 for m,t in zip(nets,other) for p,q in zip(m.parameters(), t.parameters()))
     assert a['valid'] == b['valid']
+    the_ledger(a, b)
+
+def the_ledger(a, b):
+    "Both processes hold the ledger of the union of what they saw, the item that fills up the last batch once"
+    pd.testing.assert_frame_equal(a['items'], b['items'])
+    seen = {}
+    for e in (0,1):
+        assert len(a['seen'][e]) == len(b['seen'][e]) == (a['n']+1)//2
+        for o in a['seen'][e] + b['seen'][e][:-1]: seen.setdefault(o['item'], []).append(o)
+    f = a['items']
+    assert len(seen) == a['n'] == len(f) and (f.seen == 2).all()
+    for i,o in seen.items():
+        for name in ('loss','prob','conf'): assert f[name][i] == pytest.approx(sum(s[name] for s in o)/2, rel=1e-4, abs=1e-5)
+        assert f.votes_given[i] == sum(s['vote'] == s['given'] for s in o)/2 and f.agreement[i] == sum(s['agree'] for s in o)/2
+        assert f.given[i] == o[0]['given'] and f.vote[i] == o[0]['vote']
+    assert a['estimate'] == b['estimate'] and 0 < a['estimate'].rate < 1
+    assert a['rates'] == b['rates'] == [0., 0., a['estimate'].rate]
 
 def taught(nets, x, y, rate, plus):
     "Mean loss of each of three networks over what the next one chose among (x, y), and how many items these are"

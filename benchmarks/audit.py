@@ -1,0 +1,163 @@
+"""Which way finds wrong labels best, and at what cost: the ledger of one training run against cleanlab and against fastai's top losses.
+
+    pip install cleanlab                     # or fastai_jocor[bench]
+    python benchmarks/audit.py --path FOLDER # all cells that are not done yet, then the table and the picture
+
+FOLDER holds MNIST/raw, cifar10/train, cifar10/test and CIFAR-10_human.pt. The ways, on the same corrupted labels with the same network,
+optimizer, one-cycle schedule and number of epochs:
+
+    cv          cleanlab's label quality on probabilities of 5-fold cross-validation: five networks, each on four fifths of the items
+    dynamics    cleanlab's label quality on the mean of a plain network's probabilities over its epochs, noted while it trains
+    top_loss    the loss of each training item under a plain network, after its training
+    jocor_k     the ledger of JoCorCallback with k peers, the noise rate estimated; without anything beyond the training
+
+Scored by the average precision of finding flipped labels, and by the precision among as many items as are flipped. Seconds are those of all
+that a way needs, training included, on one thread. Each cell is written to results/audit/ when it is done and is not repeated.
+MNIST: 20,000 items, stratified, and the papers' perceptron, 10 epochs; CIFAR-10N: 2,000 images, stratified, the papers' 7-layer network in
+bfloat16, 6 epochs in batches of 32, which is too little to learn it well. One seed unless --seeds says more.
+"""
+import json, time, numpy as np, pandas as pd, torch
+import matplotlib; matplotlib.use('agg')
+import matplotlib.pyplot as plt
+from pathlib import Path
+from fastcore.script import call_parse
+from fastai.vision.all import Callback, ChannelsLast, Learner, ProgressCallback, noop, set_seed
+from sklearn.metrics import average_precision_score, precision_recall_curve
+from sklearn.model_selection import StratifiedKFold
+from fastai_jocor.all import *
+from fastai_jocor.bench import fast_adam, machine
+
+RESULTS = Path(__file__).resolve().parent/'results'
+NOISES = dict(mnist=('symmetric:0.2','symmetric:0.5','asymmetric:0.4'), cifar=('aggre','worse'))
+WAYS = ('jocor_3','dynamics','top_loss','cv','jocor_2','jocor_1')
+EPOCHS,BS = dict(mnist=10, cifar=6),dict(mnist=128, cifar=32)
+
+def arrays(data, noise, seed, path):
+    "Images, given labels, true labels and names of the training items"
+    path = Path(path)
+    if data == 'mnist': dls = mnist_dls(path, Asymmetric(.4, 'mnist') if noise.startswith('asym') else noise, seed, subset=20000)
+    else: dls = cifar10_dls(path/'cifar10', HumanLabels(path/'CIFAR-10_human.pt', noise), seed, subset=2000, progress=False)
+    store,rec = dls.train.store,dls.noise
+    return store.images[dls.train.pos],rec
+
+def learner(data, images, rec, train=None, seed=0):
+    "A learner on some of the given labels; a few items are its validation set, since fastai wants one"
+    set_seed(seed)
+    n = len(rec)
+    x,y = torch.cat([images, images[:10]]),np.concatenate([rec.noisy, rec.noisy[:10]])
+    dls = InMemoryDataLoaders.from_arrays(x, y, list(rec.vocab), range(n, n+10), bs=BS[data], train=train, drop_last=False)
+    learn = Learner(dls, jocor_mlp() if data == 'mnist' else jocor_cnn(), opt_func=fast_adam, cbs=[ChannelsLast(), AutocastBF16()] if data == 'cifar' else None)
+    learn.remove_cb(ProgressCallback)
+    learn.logger = noop
+    return learn
+
+def probabilities(learn, idxs):
+    "Of the items at `idxs`"
+    dl = learn.dls.train
+    dl = dl.new(MemoryDatasets(dl.store, idxs, dl.vocab, 1), cls=MemoryDL, store=dl.store, pos=idxs, bs=512, shuffle=False, drop_last=False)
+    return learn.get_preds(dl=dl)[0].numpy()
+
+class Dynamics(Callback):
+    "Add up the probabilities of each item while it is trained on"
+    order,run_valid = 60,False
+    def before_train(self):
+        if self.epoch == 0: self.sum = torch.zeros(len(self.dls.train.dataset), self.dls.c)
+    def after_loss(self):
+        if self.iter == 0: self.pos = torch.tensor(epoch_idxs(self.dl))
+        at = self.iter*self.dl.bs
+        self.sum[self.pos[at:at+len(self.pred)]] += self.pred.detach().as_subclass(torch.Tensor).softmax(-1)
+
+def quality(rec, p):
+    from cleanlab.rank import get_label_quality_scores
+    p = p/p.sum(1, keepdims=True)
+    return {m: -get_label_quality_scores(rec.noisy, p, method=m) for m in ('self_confidence','normalized_margin')}
+
+def cv(data, images, rec, seed):
+    p = np.zeros((len(rec), len(rec.vocab)))
+    for fold,(train,out) in enumerate(StratifiedKFold(5, shuffle=True, random_state=seed).split(rec.noisy, rec.noisy)):
+        learn = learner(data, images, rec, train, 10*seed+fold)
+        learn.fit_one_cycle(EPOCHS[data], 2e-3)
+        p[out] = probabilities(learn, out)
+    return quality(rec, p)
+
+def dynamics(data, images, rec, seed):
+    learn,dyn = learner(data, images, rec, seed=seed),Dynamics()
+    learn.fit_one_cycle(EPOCHS[data], 2e-3, cbs=dyn)
+    return quality(rec, dyn.sum.numpy().astype(float))
+
+def top_loss(data, images, rec, seed):
+    learn = learner(data, images, rec, seed=seed)
+    learn.fit_one_cycle(EPOCHS[data], 2e-3)
+    return dict(loss=-probabilities(learn, np.arange(len(rec)))[np.arange(len(rec)), rec.noisy])
+
+def jocor(data, images, rec, seed, k):
+    learn,cb = learner(data, images, rec, seed=seed),JoCorCallback(k=k)
+    learn.fit_one_cycle(EPOCHS[data], 2e-3, cbs=cb)
+    f = cb.items.frame()
+    return {name: score(f) for name,score in suspect_scores.items()}, cb.estimate.rate
+
+def cell(data, noise, seed, way, path):
+    file = RESULTS/'audit'/f"{data}-{noise.replace(':','')}-{way}-seed{seed}.json"
+    if file.exists(): return json.loads(file.read_text())
+    torch.set_num_threads(1)
+    images,rec = arrays(data, noise, seed, path)
+    start,cpu = time.perf_counter(),time.process_time()
+    scores = jocor(data, images, rec, seed, int(way[-1])) if way.startswith('jocor') else globals()[way](data, images, rec, seed)
+    scores,rate = scores if isinstance(scores, tuple) else (scores,None)
+    res = dict(data=data, noise=noise, seed=seed, way=way, items=len(rec), epochs=EPOCHS[data], noise_rate=rec.rate, estimate=rate, seconds=round(time.perf_counter()-start, 1), cpu_seconds=round(time.process_time()-cpu, 1), scores={})
+    for name,s in scores.items():
+        s,n = np.nan_to_num(s, nan=-np.inf),int(rec.flipped.sum())
+        s = np.where(np.isfinite(s), s, s[np.isfinite(s)].min()-1)
+        p,r,_ = precision_recall_curve(rec.flipped, s)
+        res['scores'][name] = dict(average_precision=round(float(average_precision_score(rec.flipped, s)), 4), precision_at_n=round(float(rec.flipped[np.argsort(-s, kind='stable')[:n]].mean()), 4),
+                                   curve=[round(float(o), 4) for o in np.interp(np.linspace(0,1,51), r[::-1], p[::-1])])
+    res['machine'] = machine()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(res)+'\n')
+    print(data, noise, seed, way, f"{res['cpu_seconds']} s", {k: v['average_precision'] for k,v in res['scores'].items()}, flush=True)
+    return res
+
+def table(cells):
+    "The best score of cleanlab's, and the ledger's default; a row for each way"
+    rows = []
+    for c in cells:
+        name = 'combined' if c['way'].startswith('jocor') else max(c['scores'], key=lambda o: c['scores'][o]['average_precision'])
+        rows.append({o: c[o] for o in ('data','noise','seed','way','items','epochs','noise_rate','estimate')} | dict(score=name) | {o: c['scores'][name][o] for o in ('average_precision','precision_at_n')} | {o: c[o] for o in ('cpu_seconds','seconds')})
+    df = pd.DataFrame(rows)
+    base = df[df.way == 'cv'].set_index(['data','noise','seed'])
+    of_cv = [r.cpu_seconds/base.cpu_seconds[r.data, r.noise, r.seed] if (r.data, r.noise, r.seed) in base.index else np.nan for r in df.itertuples()]
+    return df.assign(time_of_cv=np.round(of_cv, 3))
+
+def plot(cells, file):
+    "Precision against recall of finding flipped labels, the first seed"
+    groups = list(dict.fromkeys((c['data'], c['noise']) for c in cells))
+    fig,axs = plt.subplots(1, len(groups), figsize=(3.6*len(groups),3.4), layout='constrained', sharey=True, squeeze=False)
+    for ax,(data,noise) in zip(axs[0], groups):
+        for c in cells:
+            if (c['data'], c['noise']) != (data,noise) or c['seed'] or c['way'] in ('jocor_1','jocor_2'): continue
+            name = 'combined' if c['way'].startswith('jocor') else max(c['scores'], key=lambda o: c['scores'][o]['average_precision'])
+            best = c['scores'][name]
+            ax.plot(np.linspace(0,1,51), best['curve'], lw=2 if c['way'].startswith('jocor') else 1.2, label=f"{c['way']}: {best['average_precision']:.3f}, {c['cpu_seconds']:.0f} s")
+        ax.set(title=f'{data} {noise}', xlabel='recall', ylim=(0,1.02)); ax.legend(fontsize=7, loc='lower left')
+    axs[0,0].set(ylabel='precision')
+    fig.savefig(file, dpi=90)
+    plt.close()
+
+@call_parse
+def main(
+    path:str=None, # Folder that holds MNIST/raw, cifar10/train, cifar10/test and CIFAR-10_human.pt
+    seeds:int=1, # Seeds of the noise and of the training
+    data:str='mnist cifar', # Which data
+    ways:str=' '.join(WAYS) # Which ways
+):
+    "Do the cells that are not done yet, and write the table and the picture of all"
+    for seed in range(seeds):
+        for d in data.split():
+            for way in ways.split():
+                for noise in NOISES[d]: cell(d, noise, seed, way, path)
+    order = {w: i for i,w in enumerate(WAYS)}
+    cells = sorted((json.loads(f.read_text()) for f in (RESULTS/'audit').glob('*-seed*.json')), key=lambda c: (-ord(c['data'][0]), c['noise'], c['seed'], order[c['way']]))
+    df = table(cells)
+    df.to_csv(RESULTS/'audit.csv', index=False)
+    plot(cells, RESULTS/'audit.png')
+    print(df.drop(columns=['items','epochs','seconds']).to_string(index=False))
