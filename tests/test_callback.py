@@ -192,13 +192,13 @@ def test_the_step_does_not_synchronise(k, kw, monkeypatch):
         def _reads_are_free(self): return False
         def __call__(self, event):
             if event not in ('before_batch','after_pred','after_loss','before_step','after_batch') or not self.learn.training: return super().__call__(event)
-            return self.watched(super().__call__, event)
-        def watched(self, f, *args):
+            return self.guarded_call(super().__call__, event)
+        def guarded_call(self, f, *args):
             both = Both()
             both.__enter__()
             try: return f(*args)
             finally: both.__exit__(None,None,None)
-        def prune_batch(self): self.watched(super().prune_batch)
+        def prune_batch(self): self.guarded_call(super().prune_batch)
     monkeypatch.setattr(Sightings, 'every', 4)
     learn,loose = digits(),digits()
     learn.fit(2, 1e-3, cbs=Strict(k=k, seed=1, **kw))
@@ -212,12 +212,12 @@ def test_the_step_does_not_synchronise_on_a_gpu(kw):
     class Strict(JoCorCallback):
         def __call__(self, event):
             if event not in ('before_batch','after_pred','after_loss','before_step','after_batch') or not self.learn.training or self.learn.iter == 0: return super().__call__(event)
-            return self.watched(super().__call__, event)
-        def watched(self, f, *args):
+            return self.guarded_call(super().__call__, event)
+        def guarded_call(self, f, *args):
             torch.cuda.set_sync_debug_mode('error')
             try: return f(*args)
             finally: torch.cuda.set_sync_debug_mode('default')
-        def prune_batch(self): self.watched(super().prune_batch)
+        def prune_batch(self): self.guarded_call(super().prune_batch)
     digits().fit(3, 1e-3, cbs=Strict(k=3, **kw))
 
 class Stop(Callback):

@@ -22,7 +22,7 @@ def test_pages_of_the_site(site):
     assert names <= {Path(n).stem for n in website.pages(site)}
 
 def test_pages_show_the_interface_and_link_to_its_source(site):
-    for module in ('losses','selection','peers','noise','data','callback','bench'):
+    for module in ('losses','selection','peers','noise','data','callback','methods','audit','bench','report'):
         text,tree = (site/f'{module}.html').read_text(encoding='utf-8'),ast.parse((ROOT/'fastai_jocor'/f'{module}.py').read_text(encoding='utf-8'))
         for o in tree.body:
             if not isinstance(o, (ast.FunctionDef,ast.ClassDef)) or o.name.startswith('_') or o.decorator_list: continue
@@ -32,8 +32,8 @@ def test_pages_show_the_interface_and_link_to_its_source(site):
 def test_sidebar_is_the_order_of_the_house(site):
     side = re.search(r'(?s)id="quarto-sidebar".*?</nav>', (site/'index.html').read_text(encoding='utf-8'))[0]
     shown = [Path(o).stem for o in re.findall(r'href="([\w./]+)\.html"', side)]
-    numbered = [re.search(r'nbs/(\d+)', p.read_text(encoding='utf-8')) and p for p in (ROOT/'fastai_jocor').glob('*.py')]
-    order = [p.stem for p in sorted((p for p in numbered if p), key=lambda p: re.search(r'nbs/(\d+)', p.read_text(encoding='utf-8'))[1])]
+    numbered = [re.search(r'nbs/(\d+[a-z]?)_', p.read_text(encoding='utf-8')) and p for p in (ROOT/'fastai_jocor').glob('*.py')]
+    order = [p.stem for p in sorted((p for p in numbered if p), key=lambda p: re.search(r'nbs/(\d+[a-z]?)_', p.read_text(encoding='utf-8'))[1])]
     assert [o for o in shown if o in order] == order
 
 def test_browser(site, tmp_path):
@@ -79,7 +79,7 @@ def imports():
     res = {}
     for p in (ROOT/'fastai_jocor').glob('*.py'):
         text = p.read_text(encoding='utf-8')
-        if m := re.search(r'nbs/(\d+_\w+)\.ipynb', text): res[p.stem] = (m[1], set(re.findall(r'(?m)^from (?:fastai_jocor)?\.(\w+) import', text)))
+        if m := re.search(r'nbs/(\d+[a-z]?_\w+)\.ipynb', text): res[p.stem] = (m[1], set(re.findall(r'(?m)^from (?:fastai_jocor)?\.(\w+) import', text)))
     return dict(sorted(res.items(), key=lambda o: o[1][0]))
 
 def test_architecture_page_is_the_code():
