@@ -128,9 +128,7 @@ class Method:
         default = {k: v for f in (self.loss,self.callback) if f is not None for k,v in _arguments(f)[0].items()}
         return {k: v for k,v in sorted(options.items()) if k not in default or default[k] is inspect.Parameter.empty or default[k] != v}
 
-def _forward_loss(dls):
-    if getattr(dls, 'noise', None) is None: raise ValueError("method='forward' corrects the loss by the known transition matrix of the noise, and noise='none' has none")
-    return ForwardLoss(dls.noise.matrix)
+def _forward_loss(dls): return ForwardLoss(dls.noise.matrix)
 
 methods = dict(standard=Method(), jocor=Method(JoCorCallback), co_teaching=Method(CoTeachingCallback), co_teaching_plus=Method(CoTeachingPlusCallback),
                forward=Method(loss=_forward_loss), sce=Method(loss=SCELoss))
@@ -147,7 +145,7 @@ class RunConfig:
     "Everything that determines a run"
     dataset:str = 'digits' # `digits`, `mnist`, `cifar10` or `cifar100`
     noise:str = 'symmetric:0.5' # Name of a recipe (`make_noise`), or `none`
-    method:str = 'jocor' # A name in `methods`: `jocor`, or `standard`: one network, plain training
+    method:str = 'jocor' # A name in `methods`: `jocor`, `co_teaching`, `co_teaching_plus`; one network by `standard` (plain training), `forward` or `sce`
     k:int = 2 # Number of peers, at least 1
     contrast:str = 'kl' # `kl`, `kl_circular`, `ce` or `ce_circular`
     co_lambda:float = 0.8 # Weight of the contrast, in [0, 1]
@@ -172,6 +170,7 @@ class RunConfig:
         if not self.lr > 0: raise ValueError(f"lr={self.lr!r} must be greater than 0")
         self.recipe()
         methods[self.method].check(self.options)
+        if self.method == 'forward' and self.noise == 'none': raise ValueError("method='forward' corrects the loss by the known transition matrix of the noise, and noise='none' has none")
         self.callback()
 
     def recipe(self):
@@ -698,7 +697,7 @@ def jocor_train(
     dataset:str='digits', # digits, mnist, cifar10 or cifar100
     path:str=None, # Folder of the data set (mnist: it holds MNIST/raw; cifar: train and test, or torchvision's batches)
     noise:str='symmetric:0.5', # none, symmetric:RATE, pairflip:RATE, asymmetric:RATE[:MAP], instance:RATE or human:WHICH:FILE
-    method:str='jocor', # A name in fastai_jocor.bench.methods: jocor, or standard: one network, plain training
+    method:str='jocor', # jocor, co_teaching or co_teaching_plus; one network by standard (plain training), forward or sce; or another name in fastai_jocor.bench.methods
     k:int=2, # Number of peers
     contrast:str='kl', # kl, kl_circular, ce or ce_circular
     co_lambda:float=None, # Weight of the contrast, in [0, 1]; default: 0.8 for one_cycle, 0.95 for paper
@@ -735,7 +734,7 @@ def jocor_bench(
     path:str=None, # Folder of the data sets
     dataset:str=None, # Each field: one value, or several with commas between; digits, mnist, cifar10 or cifar100
     noise:str=None, # none, symmetric:RATE, pairflip:RATE, asymmetric:RATE[:MAP], instance:RATE or human:WHICH:FILE
-    method:str=None, # jocor, standard, or another name in fastai_jocor.bench.methods
+    method:str=None, # jocor, co_teaching, co_teaching_plus, standard, forward, sce, or another name in fastai_jocor.bench.methods
     k:str=None, # Number of peers
     contrast:str=None, # kl, kl_circular, ce or ce_circular
     co_lambda:str=None, # Weight of the contrast, in [0, 1]

@@ -207,7 +207,7 @@ def test_grids_of_the_project():
     ('k: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{tmp}/touched]]', 'tag'), ('k: !!int 2','tag'), ('k: [2, 3','is no YAML'), ('- k: 2','must map names'), ('k: 2\nk: 3',"'k' stands there twice"),
     ('methd: jocor',"did you mean 'method'"), ('method: jocr',"did you mean 'jocor'"), ('runs: [{contrst: kl}]',"did you mean 'contrast'"), ('runs: {k: 2}','runs='), ('runs: []','runs=[]'), ('k: []','k=[]'), ('k: [2, two]',"k='two'"),
     ('k: yes','k=True'), ('k: 2.0','k=2.0'), ('k: 0','k=0'), ('seed: [0, x]',"seed='x'"), ('seed: 3-1','seed=[]'), ('lr: .nan','lr=nan'), ('lr: 0','lr=0.0'), ('noise: 0.5','noise=0.5'), ('noise: symmetric:2','rate=2.0'), ('method: null','method=None'),
-    ('dataset: digts',"did you mean 'digits'"), ('schedule: papr',"did you mean 'paper'"), ('options: {restat: true}',"did you mean 'restart'"), ('options: 3','options=3'), ('options: {init: tail}',"init='tail'"), ('{method: standard, options: {k: 1}}','takes none'), ('dataset: mnist','no MNIST found'), ('dataset: cifar10','cifar10')])
+    ('dataset: digts',"did you mean 'digits'"), ('schedule: papr',"did you mean 'paper'"), ('options: {restat: true}',"did you mean 'restart'"), ('options: 3','options=3'), ('options: {init: tail}',"init='tail'"), ('{method: standard, options: {k: 1}}','takes none'), ('{method: forward, noise: none}',"noise='none' has none"), ('{method: co_teaching, k: 1}','k=1'), ('dataset: mnist','no MNIST found'), ('dataset: cifar10','cifar10')])
 def test_bench_refuses_before_anything_starts(text, msg, tmp_path):
     (tmp_path/'grid.yaml').write_text(text.replace('{tmp}', str(tmp_path)))
     with pytest.raises(SystemExit) as e: jocor_bench(str(tmp_path/'grid.yaml'), str(tmp_path/'out'), path=str(tmp_path/'nowhere'))
@@ -276,6 +276,19 @@ def test_a_loss_as_a_method(tmp_path, monkeypatch):
         m.setattr(bench, 'PaperSchedule', Stop)
         with pytest.raises(KeyboardInterrupt): run(cfg, tmp_path, verbose=False, extras=False, resume=True)
     pd.testing.assert_frame_equal(run(cfg, tmp_path, verbose=False, extras=False, resume=True)[1], whole)
+
+@pytest.mark.parametrize('method', ('co_teaching','co_teaching_plus','forward','sce'))
+def test_every_method_goes_on_from_its_checkpoint(method, tmp_path, monkeypatch):
+    class Stop(PaperSchedule):
+        def before_train(self):
+            super().before_train()
+            if self.epoch == 4: raise KeyboardInterrupt
+    cfg = RunConfig(method=method, epochs=6)
+    with monkeypatch.context() as m:
+        m.setattr(bench, 'PaperSchedule', Stop)
+        with pytest.raises(KeyboardInterrupt): run(cfg, tmp_path, verbose=False, extras=False, resume=True)
+    assert torch.load(tmp_path/'checkpoint.pth', weights_only=True)['epoch'] == 3
+    pd.testing.assert_frame_equal(run(cfg, tmp_path, verbose=False, extras=False, resume=True)[1], run(cfg, verbose=False)[1])
 
 def test_progress_line(tmp_path):
     import io
