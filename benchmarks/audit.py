@@ -121,7 +121,7 @@ def table(cells):
     "The best score of cleanlab's, and the ledger's default; a row for each way"
     rows = []
     for c in cells:
-        name = 'combined' if c['way'].startswith('jocor') else max(c['scores'], key=lambda o: c['scores'][o]['average_precision'])
+        name = 'last' if c['way'].startswith('jocor') else max(c['scores'], key=lambda o: c['scores'][o]['average_precision'])
         rows.append({o: c[o] for o in ('data','noise','seed','way','items','epochs','noise_rate','estimate')} | dict(score=name) | {o: c['scores'][name][o] for o in ('average_precision','precision_at_n')} | {o: c[o] for o in ('cpu_seconds','seconds')})
     df = pd.DataFrame(rows)
     base = df[df.way == 'cv'].set_index(['data','noise','seed'])
@@ -135,7 +135,7 @@ def plot(cells, file):
     for ax,(data,noise) in zip(axs[0], groups):
         for c in cells:
             if (c['data'], c['noise']) != (data,noise) or c['seed'] or c['way'] in ('jocor_1','jocor_2'): continue
-            name = 'combined' if c['way'].startswith('jocor') else max(c['scores'], key=lambda o: c['scores'][o]['average_precision'])
+            name = 'last' if c['way'].startswith('jocor') else max(c['scores'], key=lambda o: c['scores'][o]['average_precision'])
             best = c['scores'][name]
             ax.plot(np.linspace(0,1,51), best['curve'], lw=2 if c['way'].startswith('jocor') else 1.2, label=f"{c['way']}: {best['average_precision']:.3f}, {c['cpu_seconds']:.0f} s")
         ax.set(title=f'{data} {noise}', xlabel='recall', ylim=(0,1.02)); ax.legend(fontsize=7, loc='lower left')

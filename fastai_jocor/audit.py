@@ -79,7 +79,7 @@ suspect_scores = dict(
 def rank_suspects(
     ledger:pd.DataFrame, # `cb.ledger`, or one of `load_ledger`
     n:int=None, # At most so many; `None` for all
-    score:str='combined' # `loss`, `last`, `prob`, `margin`, `votes`, `rejected` or `combined`
+    score:str='last' # `loss`, `last`, `prob`, `margin`, `votes`, `rejected`, `combined` or `recent`
 )->pd.DataFrame: # By position in the training set, the most suspect first: item, given, suggested, score, evidence, and what is known of the truth
     "Rank the items whose label the peers vote against with as much confidence as they have in labels like their vote"
     if score not in suspect_scores: raise ValueError(f"score={score!r} is unknown: choose one of {', '.join(suspect_scores)}")
@@ -99,7 +99,7 @@ def _against(f):
 
 @patch
 @delegates(rank_suspects, but='ledger')
-def suspects(self:PeersCallback, n=None, score='combined'):
+def suspects(self:PeersCallback, n=None, score='last'):
     "Rank the items whose labels look wrong (`rank_suspects`)"
     f = rank_suspects(self.ledger, n, score)
     if not len(f) and n != 0: warnings.warn("no label stands out: the peers vote against none with confidence")
@@ -247,7 +247,7 @@ def _cleaned_loader(train, ds, left, given, vocab, rec):
 class SuspectsLearner(GetAttr):
     "Stands in for a learner where fastai ranks items by their loss: training items come in the order of their suspicion"
     _default = 'learn'
-    def __init__(self, learn, cb, score='combined'): self.learn,self.cb,self.score = learn,cb,score
+    def __init__(self, learn, cb, score='last'): self.learn,self.cb,self.score = learn,cb,score
     def get_preds(self, dl=None, **kwargs):
         if dl is None or dl.dataset is not self.learn.dls.train.dataset: return self.learn.get_preds(dl=dl, **kwargs)
         f = self.cb.items.frame()
@@ -258,7 +258,7 @@ class SuspectsLearner(GetAttr):
 @patch
 def cleaner(self:PeersCallback,
     learn, # The learner that was trained, on image files
-    score:str='combined', # As in `cb.suspects`
+    score:str='last', # As in `cb.suspects`
     **kwargs # To `ImageClassifierCleaner`
 ):
     "Open fastai's `ImageClassifierCleaner` with the most suspect training images first"

@@ -117,7 +117,7 @@ def test_suspects_are_those_that_stand_out(trained):
     least = {c: f.prob[f.given == c].mean() for c in set(f.given)}
     want = {i for i in f.index if f.vote[i] != f.given[i] and f.conf[i] >= least[f.vote[i]]}
     assert set(s.index) == want and len(want) > 200
-    for score,col in dict(loss=f.loss, prob=1-f.prob, votes=1-f.votes_given, rejected=1-f.kept, margin=f.conf-f.prob).items():
+    for score,col in dict(loss=f.loss, last=f.last_loss, prob=1-f.prob, votes=1-f.votes_given, rejected=1-f.kept, margin=f.conf-f.prob).items():
         r = rank_suspects(f, score=score)
         assert r.score.is_monotonic_decreasing and set(r.index) == want
         np.testing.assert_allclose(r.score, col[r.index])
