@@ -6,7 +6,8 @@
 Peers, batch and classes: the training part of an epoch of a real learner with `JoCorCallback`, the papers' perceptron, made-up images 28×28; each
 size in a process of its own, whose growth of resident memory is the memory. Items: what the loader and the ledger do for each item in an epoch
 (the order of the items, gathering their batches, noting what was seen, entering it), without a network, on images of one pixel. A law is the line
-t = a + b·x through the medians by least squares, and the slope in a plot of logarithms over the upper half of the sizes: 1 is linear. Writes
+t = a + b·x through the medians by least squares (for the time against the batch size, x is the number of batches in an epoch), and the slope in a
+plot of logarithms over the upper half of the sizes: 1 is linear. Writes
 results/scaling.json and .png. Linux only, for the memory.
 """
 import json, statistics, subprocess, sys, time, warnings, numpy as np, torch
@@ -47,10 +48,10 @@ def bookkeeping(n, bs=128, rounds=3):
         order = None
         for i,_ in enumerate(dls.train):
             if order is None: order = dls.train._DataLoader__idxs
-            seen.add(bs, order[at:at+bs], None, vote[:bs//2], loss.clone(), loss.clone(), vote.clone(), yes.clone(), yes.clone())
+            seen.add(bs, order[at:at+bs], None, vote[:bs//2], loss.clone(), loss.clone(), vote.clone(), yes.clone(), yes.clone(), loss.clone(), vote)
             at += bs
         o = seen.columns('cpu')
-        ledger.update(o['idx'], *(o[name] for name in ('loss','prob','vote','as_given','agree','kept')))
+        ledger.update(o['idx'], *(o[name] for name in ('loss','prob','vote','as_given','agree','kept','conf','given')))
         times.append(time.perf_counter()-start)
     return statistics.median(times),megabytes('VmHWM')-before
 
@@ -92,7 +93,8 @@ def main(
         time_,mb = zip(*[run(x) for x in SIZES[kind]])
         t = [round(per_item(kind, x, o)*12800, 4) if kind == 'classes' else round(o, 4) for x,o in zip(SIZES[kind], time_)]
         mb = [round(o, 1) for o in mb]
-        out[kind] = dict(x=list(SIZES[kind]), time=t, memory=mb, time_law=law(SIZES[kind], t), memory_law=law(SIZES[kind], mb))
+        x = [12800/o for o in SIZES[kind]][::-1] if kind == 'batch' else SIZES[kind]
+        out[kind] = dict(x=list(SIZES[kind]), time=t, memory=mb, time_law=law(x, t[::-1] if kind == 'batch' else t), memory_law=law(SIZES[kind], mb))
         print(kind, json.dumps(out[kind]), flush=True)
     out['machine'] = machine()
     path.write_text(json.dumps(out, indent=1)+'\n')
