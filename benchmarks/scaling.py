@@ -4,7 +4,7 @@
     python benchmarks/scaling.py --only items    # one of peers, batch, classes, items
 
 Peers, batch and classes: the training part of an epoch of a real learner with `JoCorCallback`, the papers' perceptron, made-up images 28×28; each
-size in a process of its own, whose growth of resident memory is the memory. Items: what the loader and the ledger do for each item in an epoch
+size in a process of its own, on one thread without denormal numbers, whose growth of resident memory is the memory. Items: what the loader and the ledger do for each item in an epoch
 (the order of the items, gathering their batches, noting what was seen, entering it), without a network, on images of one pixel. A law is the line
 t = a + b·x through the medians by least squares (for the time against the batch size, x is the number of batches in an epoch), and the slope in a
 plot of logarithms over the upper half of the sizes: 1 is linear. Writes
@@ -84,7 +84,7 @@ def main(
 ):
     "Measure, print, and write the laws and the plot"
     warnings.simplefilter('ignore')
-    torch.set_num_threads(1)
+    torch.set_num_threads(1); torch.set_flush_denormal(True)
     if size: return print(*one(only, size))
     path = RESULTS/'scaling.json'
     out = json.loads(path.read_text()) if path.exists() and only else {}

@@ -132,9 +132,9 @@ def mnist(path, rounds, n):
 def cifar(path, rounds, n):
     dls,images,labels = without_validation(cifar10_dls(path, 'symmetric:0.5', bs=128, subset=n, progress=False))
     base,workers = usual(images, labels, jocor_cnn, 2, .5)
-    fs = dict(usual_k2=base, k2=fitted(dls, jocor_cnn, 2, .5, [ChannelsLast()]), k3_bf16=fitted(dls, jocor_cnn, 3, .5, [ChannelsLast(), AutocastBF16()]))
+    fs = dict(usual_k2=base, k2=fitted(dls, jocor_cnn, 2, .5, [ChannelsLast()]), k2_exact=fitted(dls, jocor_cnn, 2, .5, [ChannelsLast()], prune='exact'), k3_bf16=fitted(dls, jocor_cnn, 3, .5, [ChannelsLast(), AutocastBF16()]))
     runs = in_turn(fs, rounds)
-    return dict(workers=workers, items=len(images), k2_float32_against_usual_k2=ratio(runs['k2'], runs['usual_k2']), k3_bfloat16_against_usual_k2=ratio(runs['k3_bf16'], runs['usual_k2']))
+    return dict(workers=workers, items=len(images), k2_float32_against_usual_k2=ratio(runs['k2'], runs['usual_k2']), k2_float32_exact_against_usual_k2=ratio(runs['k2_exact'], runs['usual_k2']), k3_bfloat16_against_usual_k2=ratio(runs['k3_bf16'], runs['usual_k2']))
 
 def made_up(n, shape, bs=128):
     rs = np.random.RandomState(0)

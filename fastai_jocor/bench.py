@@ -18,12 +18,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, asdict, field, fields, replace
 from fastcore.script import call_parse
 from fastai.vision.all import *
+from fastai.callback.channelslast import ChannelsLast
 from fastprogress.fastprogress import format_time
 from filelock import SoftFileLock, Timeout
 from .noise import Asymmetric, make_noise
 from .data import augmentation, cifar10_dls, cifar100_dls, digits_dls, mnist_dls, jocor_cnn, jocor_mlp, _find_cifar
 from .peers import Peers
-from .callback import ColumnsCallback, JoCorCallback, is_validating, random_states, restore_random_states
+from .callback import AutocastBF16, ColumnsCallback, JoCorCallback, is_validating, random_states, restore_random_states
 from .methods import CoTeachingCallback, CoTeachingPlusCallback, ForwardLoss, SCELoss
 
 # %% ../nbs/07_bench.ipynb #c6ea3c91
@@ -138,7 +139,7 @@ def fast_adam(params, **kwargs):
     "torch's fused Adam as a fastai optimizer: one call a step instead of Python for each parameter"
     return OptimWrapper(params, opt=partial(torch.optim.Adam, fused=True), **kwargs)
 
-_datasets = ('digits','mnist','cifar10','cifar100')
+_datasets,_precisions = ('digits','mnist','cifar10','cifar100'),('float32','bfloat16')
 
 @dataclass
 class RunConfig:
@@ -158,10 +159,11 @@ class RunConfig:
     seed:int = 0 # Seed of corruption, weights and batches
     subset:float = None # Share in (0, 1), or number, of training items to take, stratified; not for digits
     augment:str = 'none' # `none` or `crop_flip`; not for digits
+    precision:str = 'float32' # `float32`; or `bfloat16` by autocast, on any device, with convolutions channels-last
     options:dict = field(default_factory=dict) # Further arguments of the method's callback or loss
 
     def __post_init__(self):
-        for name,ok in dict(dataset=_datasets, method=list(methods), schedule=('paper','one_cycle')).items():
+        for name,ok in dict(dataset=_datasets, method=list(methods), schedule=('paper','one_cycle'), precision=_precisions).items():
             if getattr(self,name) not in ok: raise ValueError(_nearest(f'{name}={getattr(self,name)!r}', getattr(self,name), ok))
         for name in ('epochs','bs'):
             if getattr(self,name) < 1: raise ValueError(f"{name}={getattr(self,name)!r} must be at least 1")
@@ -226,7 +228,9 @@ def run_learner(
         make = dict(mnist=mnist_dls, cifar10=partial(cifar10_dls, progress=sys.stdout.isatty()), cifar100=partial(cifar100_dls, progress=sys.stdout.isatty()))[cfg.dataset]
         dls = make(path, noise, cfg.seed, cfg.bs, subset=subset, augment=cfg.augment)
     model = jocor_cnn(dls.c) if cfg.dataset.startswith('cifar') else jocor_mlp(dls.c, 64 if cfg.dataset=='digits' else 784)
-    return Learner(dls, model, loss_func=cfg.loss(dls), opt_func=fast_adam, lr=cfg.lr, metrics=accuracy)
+    low = cfg.precision == 'bfloat16'
+    cbs = [AutocastBF16()]*low + [ChannelsLast()]*(low and cfg.dataset.startswith('cifar'))
+    return Learner(dls, model, loss_func=cfg.loss(dls), opt_func=fast_adam, lr=cfg.lr, metrics=accuracy, cbs=cbs)
 
 def run_history(learn, peer_acc, before=None):
     "The epoch table as a `DataFrame`, with the accuracy of each peer; `before` holds the epochs before a resumed fit"
@@ -406,7 +410,7 @@ def run_dir(
     "The folder of a run in a grid"
     base,noise = RunConfig(),':'.join(cfg.noise.split(':')[:2]) if cfg.noise.startswith('human') else cfg.noise
     parts = [cfg.dataset, noise.replace(':',''), re.sub(r'[^\w.+-]', '', cfg.name.replace(' ','_'))]
-    parts += [f'{n}{getattr(cfg,n)}' for n in ('co_lambda','forget_rate','num_gradual','epochs','bs','lr','schedule','subset','augment') if getattr(cfg,n) != getattr(base,n)]
+    parts += [f'{n}{getattr(cfg,n)}' for n in ('co_lambda','forget_rate','num_gradual','epochs','bs','lr','schedule','subset','augment','precision') if getattr(cfg,n) != getattr(base,n)]
     return Path(out)/'-'.join([*parts, f'seed{cfg.seed}'])
 
 def finished(
@@ -710,6 +714,7 @@ def jocor_train(
     seed:int=0, # Seed of corruption, weights and batches
     subset:float=None, # Share in (0, 1), or number, of training items to take, stratified
     augment:str='none', # none or crop_flip
+    precision:str='float32', # float32, or bfloat16 by autocast
     options:str=None, # Further arguments of the method, such as '{init: head}'
     out:str='runs/last', # Output folder
     threads:int=0 # Processor threads; 0 for torch's default
@@ -718,7 +723,7 @@ def jocor_train(
     if threads: torch.set_num_threads(threads)
     if co_lambda is None: co_lambda = .95 if schedule=='paper' else .8
     try:
-        cfg = RunConfig(dataset, noise, method, k, contrast, co_lambda, forget_rate, num_gradual, epochs, bs, lr, schedule, seed, subset, augment, _cast('options', _load_yaml(options or '{}', 'options')))
+        cfg = RunConfig(dataset, noise, method, k, contrast, co_lambda, forget_rate, num_gradual, epochs, bs, lr, schedule, seed, subset, augment, precision, _cast('options', _load_yaml(options or '{}', 'options')))
         res = run(cfg, out, path)[2]
     except (ValueError, OSError) as e: sys.exit(f'jocor_train: {e}')
     print(f"\n{res['name']} on {dataset}, noise {noise}, seed {seed}: {res['epochs']} epochs in {res['seconds']:.0f} s")
@@ -747,6 +752,7 @@ def jocor_bench(
     seed:str=None, # Seeds, also as a range such as 0-9
     subset:str=None, # Share, or number, of training items to take
     augment:str=None, # none or crop_flip
+    precision:str=None, # float32, or bfloat16 by autocast
     options:str=None, # Further arguments of the method, such as '{init: head}'
     n_jobs:int=-1, # Runs side by side, each on one thread; -1 for one a core
     backend:str='loky', # loky for processes on this machine; ray or dask for a cluster whose machines share the folders

@@ -18,7 +18,7 @@ from scipy import stats
 from .bench import RunConfig, band, methods, summarise, _aside, _mean_std, _taken, _write
 
 # %% ../nbs/08_report.ipynb #8e900006
-protocol_fields = ('dataset','epochs','bs','lr','schedule','subset','augment')
+protocol_fields = ('dataset','epochs','bs','lr','schedule','subset','augment','precision')
 _noises = ('none','symmetric','pairflip','asymmetric','instance','human')
 
 def _row(f, last):
@@ -54,7 +54,7 @@ def read_results(
 
 def _protocol(r):
     parts = [r.dataset, f'{r.epochs} epochs', f'batch {r.bs}', f'lr {r.lr:g}', r.schedule]
-    return ', '.join([*parts, *([f'subset {r.subset:g}'] if pd.notna(r.subset) else []), *([r.augment] if r.augment != 'none' else [])])
+    return ', '.join([*parts, *([f'subset {r.subset:g}'] if pd.notna(r.subset) else []), *([r.augment] if r.augment != 'none' else []), *([r.precision] if r.precision != 'float32' else [])])
 
 def _told_apart(r, rs):
     "What tells a run from others of the same name"
@@ -72,7 +72,7 @@ published = { # Test accuracy on MNIST in percent, mean and standard deviation o
     'Co-teaching+': {'symmetric:0.2': (97.81,),      'symmetric:0.5': (95.80,),      'symmetric:0.8': (58.92,),      'asymmetric:0.4': (93.28,)},
     'JoCoR':        {'symmetric:0.2': (98.06,0.04),  'symmetric:0.5': (96.64,0.12),  'symmetric:0.8': (84.89,4.55),  'asymmetric:0.4': (95.24,0.10)}}
 
-_as_published = dict(dataset='mnist', epochs=200, bs=128, lr=1e-3, schedule='paper', augment='none')
+_as_published = dict(dataset='mnist', epochs=200, bs=128, lr=1e-3, schedule='paper', augment='none', precision='float32')
 
 def is_published_protocol(
     df:pd.DataFrame # Of `read_results`, one protocol

@@ -39,6 +39,20 @@ def test_train_command_refuses(args, msg, tmp_path):
 def test_every_noise_on_digits(noise):
     assert run(RunConfig(noise=noise, epochs=1), verbose=False)[2]['epochs'] == 1
 
+def test_reduced_precision_is_a_field_of_its_own(tmp_path):
+    cfg = RunConfig(epochs=3, precision='bfloat16')
+    seen = []
+    class Look(bench.Callback):
+        def after_pred(self): seen.append(self.learn.pred.dtype)
+    learn = bench.run_learner(cfg)
+    learn.add_cb(Look())
+    with learn.no_logging(), learn.no_bar(): learn.fit(1)
+    assert set(seen) == {torch.bfloat16}
+    low,full = (run(RunConfig(epochs=3, precision=o), tmp_path/o, verbose=False)[1] for o in ('bfloat16','float32'))
+    assert len(low) == 3 and abs(low.train_loss-full.train_loss).max() > 0 and low.accuracy.iloc[-1] > .3
+    assert run_dir('', cfg) != run_dir('', RunConfig(epochs=3)) and finished(tmp_path/'bfloat16', cfg) and not finished(tmp_path/'float32', cfg)
+    with pytest.raises(ValueError, match="did you mean 'bfloat16'"): RunConfig(precision='bfloat')
+
 def test_output_is_checked_before_training(tmp_path):
     from fastai_jocor.bench import jocor_train
     (tmp_path/'file').write_text('')
