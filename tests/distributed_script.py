@@ -1,8 +1,8 @@
 "Run by torch.distributed.run in two processes on the CPU: trains, and writes what each rank sees."
-import json, os, sys, torch, numpy as np
+import os, sys, torch, numpy as np
 from pathlib import Path
 os.environ['ACCELERATE_USE_CPU'] = 'true'
-from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, nn, noop, num_distrib, rank_distrib, set_seed
+from fastai.vision.all import Callback, Learner, noop, rank_distrib
 from fastai.distributed import *
 from fastai_jocor.all import *
 from fastai.optimizer import OptimWrapper

@@ -1,8 +1,7 @@
 import importlib.util, json, os, subprocess, sys, numpy as np, pandas as pd, pytest, torch
 from pathlib import Path
 from fastai_jocor import bench
-from fastai_jocor.bench import (GridProgress, Method, PaperSchedule, RunConfig, check_grid, finished, grid_configs, holder, jocor_bench, methods, plot_history,
-                                read_grid, run, run_dir, run_grid, summarise)
+from fastai_jocor.bench import (GridProgress, Method, PaperSchedule, RunConfig, check_grid, finished, holder, jocor_bench, methods, read_grid, run, run_dir, run_grid, summarise)
 from fastai_jocor.callback import JoCorCallback
 
 SCRIPTS = Path(sys.executable).parent

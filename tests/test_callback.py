@@ -1,25 +1,9 @@
 "JoCorCallback on real learners: against a loop written out, through a learner's life, and when things go wrong."
 import copy, numpy as np, pytest, torch
 import torch.nn.functional as F
-from fastai.vision.all import (Adam, Callback, CrossEntropyLossFlat, CutMix, DataBlock, DataLoader, DataLoaders, ImageBlock, L, Learner, MixUp, PILImage, ProgressCallback, RandomSplitter, accuracy, get_image_files, load_learner, nn, noop, params, parent_label, partial, plt, resnet18, set_seed, vision_learner)
+from fastai.vision.all import (Adam, Callback, CrossEntropyLossFlat, CutMix, DataBlock, DataLoader, DataLoaders, ImageBlock, L, Learner, MixUp, PILImage, RandomSplitter, accuracy, get_image_files, load_learner, nn, params, parent_label, partial, plt, resnet18, vision_learner)
 from fastai_jocor.all import *
-from fastai_jocor.bench import fast_adam
-
-def quiet(learn):
-    learn.remove_cb(ProgressCallback)
-    learn.logger = noop
-    return learn
-
-def digits(noise=Symmetric(.5), seed=0, opt_func=fast_adam, **kwargs):
-    set_seed(seed)
-    dls = digits_dls(noise=noise, seed=seed)
-    return quiet(Learner(dls, jocor_mlp(dls.c, n_in=64), metrics=accuracy, opt_func=opt_func, **kwargs))
-
-class Record(Callback):
-    "Keep the batches of a fit"
-    order,run_valid = 20,False
-    def __init__(self): self.batches = []
-    def before_batch(self): self.batches.append((self.epoch, self.xb[0].clone(), self.yb[0].clone()))
+from learners import digits, digits64, quiet, Record
 
 def loop(nets, batches, rates, lam, lr, weight=None):
     "JoCoR as usually coded: pairs of peers, losses to numpy, an argsort"
@@ -35,14 +19,6 @@ def loop(nets, batches, rates, lam, lr, weight=None):
         opt.zero_grad()
         loss[torch.as_tensor(kept)].mean().backward()
         opt.step()
-
-def digits64(weight=None):
-    "Digits as float64 pixels in plain loaders, half of the labels wrong: no rounding decides which items are kept"
-    from sklearn.datasets import load_digits
-    d = load_digits()
-    x,y = torch.as_tensor(d.data/16),torch.as_tensor(Symmetric(.5).corrupt(d.target, 10))
-    dls = DataLoaders(DataLoader(list(zip(x[:1200],y[:1200])), bs=64, shuffle=True), DataLoader(list(zip(x[1200:],y[1200:])), bs=64))
-    return quiet(Learner(dls, jocor_mlp(10,64).double(), loss_func=nn.CrossEntropyLoss(weight=weight), opt_func=fast_adam))
 
 @pytest.mark.parametrize('k,weight', ((1,None),(2,None),(3,None),(3,torch.linspace(.5,2,10,dtype=torch.float64))))
 def test_same_weights_as_a_loop(k, weight):

@@ -2,10 +2,10 @@ import os, pickle, subprocess, sys, numpy as np, pandas as pd, pytest, torch
 from pathlib import Path
 from PIL import Image
 from hypothesis import given, strategies as st
-from fastai.vision.all import (CategoryBlock, ClassificationInterpretation, DataBlock, DataLoaders, FlipItem, GrandparentSplitter, ImageBlock, IndexSplitter, L, Learner, TransformBlock, MultiCategoryBlock, Normalize, PILImage, RandomSplitter,
-    RegressionBlock, Resize, TfmdDL, TensorImage, accuracy, cifar_stats, first, get_image_files, load_learner, nn, parent_label, warnings)
+from fastai.vision.all import (CategoryBlock, ClassificationInterpretation, DataBlock, DataLoaders, FlipItem, GrandparentSplitter, ImageBlock, IndexSplitter, Learner, TransformBlock, MultiCategoryBlock, Normalize, RandomSplitter,
+    RegressionBlock, Resize, TfmdDL, accuracy, cifar_stats, first, get_image_files, load_learner, nn, parent_label, warnings)
 from fastai_jocor.data import *
-from fastai_jocor.data import ImageStore, MemoryDL, crop_flip, read_images, stratified
+from fastai_jocor.data import ImageStore, MemoryDL, crop_flip, stratified
 from fastai_jocor.noise import *
 from fastai_jocor.noise import cifar10_classes, cifar100_classes, cifar100_superclasses
 

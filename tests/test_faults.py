@@ -1,14 +1,10 @@
 "When things go wrong: bad numbers, bad data, dying workers, full disks, Ctrl-C."
-import copy, os, random, signal, warnings, numpy as np, pytest, torch
+import os, random, signal, warnings, numpy as np, pytest, torch
 import torch.nn.functional as F
-from fastai.vision.all import (Adam, Callback, CrossEntropyLossFlat, DataBlock, DataLoader, DataLoaders, IndexSplitter, Learner, ProgressCallback, SaveModelCallback, TransformBlock, CategoryBlock, L, accuracy, nn, noop, set_seed)
+from fastai.vision.all import (Adam, Callback, CrossEntropyLossFlat, DataBlock, DataLoader, DataLoaders, IndexSplitter, Learner, TransformBlock, CategoryBlock, accuracy, nn, set_seed)
 from fastai_jocor.all import *
 from fastai_jocor.bench import fast_adam
-
-def quiet(learn):
-    learn.remove_cb(ProgressCallback)
-    learn.logger = noop
-    return learn
+from learners import quiet
 
 def tensors(x, y, model, bs=32, valid=None, opt=fast_adam, **kwargs):
     dl = DataLoader(list(zip(x, y)), bs=bs, shuffle=False)

@@ -4,19 +4,13 @@ import matplotlib; matplotlib.use('agg')
 import matplotlib.pyplot as plt
 import torch.nn.functional as F
 from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
-from fastai.vision.all import (Adam, BCEWithLogitsLossFlat, Callback, CategoryBlock, ChannelsLast, ClassificationInterpretation, CrossEntropyLossFlat, CSVLogger, DataBlock, DataLoader, DataLoaders, EarlyStoppingCallback,
-    FocalLossFlat, GradientAccumulation, GradientClip, ImageBlock, Interpretation, L, LabelSmoothingCrossEntropyFlat, Learner, MixedPrecision, MultiCategoryBlock, PILImage, ProgressCallback, RandomSplitter, ReduceLROnPlateau,
-    SaveModelCallback, ShowGraphCallback, TransformBlock, accuracy, accuracy_multi, get_image_files, load_learner, nn, noop, params, parent_label, resnet18, set_seed, vision_learner, xresnet18)
+from fastai.vision.all import (Adam, BCEWithLogitsLossFlat, Callback, ChannelsLast, ClassificationInterpretation, CrossEntropyLossFlat, CSVLogger, DataBlock, DataLoader, DataLoaders, EarlyStoppingCallback,
+    FocalLossFlat, GradientAccumulation, GradientClip, ImageBlock, Interpretation, LabelSmoothingCrossEntropyFlat, Learner, MultiCategoryBlock, PILImage, ProgressCallback, RandomSplitter, ReduceLROnPlateau,
+    SaveModelCallback, ShowGraphCallback, TransformBlock, accuracy, accuracy_multi, get_image_files, load_learner, nn, parent_label, resnet18, set_seed, vision_learner)
 from fastai.callback.data import WeightedDL
 from fastai_jocor.all import *
 from fastai_jocor.bench import fast_adam
-
-def quiet(learn):
-    learn.remove_cb(ProgressCallback)
-    learn.logger = noop
-    return learn
+from learners import quiet
 
 @contextmanager
 def silent():

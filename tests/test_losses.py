@@ -1,7 +1,7 @@
 import itertools, numpy as np, pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, strategies as st
-from fastai_jocor.losses import contrasts, joint_loss, n_terms, peer_contrast, plain_lambda
+from fastai_jocor.losses import contrasts, joint_loss, peer_contrast, plain_lambda
 
 def slow_contrast(z, kind):
     "The definition, pair by pair and item by item, in float64 numpy"

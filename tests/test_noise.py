@@ -3,7 +3,7 @@ from hypothesis import given, strategies as st
 from scipy.stats import chisquare
 import matplotlib; matplotlib.use("agg")
 import matplotlib.pyplot as plt
-from fastai.vision.all import (ColReader, CrossEntropyLossFlat, DataBlock, ImageBlock, IndexSplitter, Learner, PILImage, TransformBlock, get_image_files, load_learner, nn, parent_label, warnings)
+from fastai.vision.all import (ColReader, DataBlock, ImageBlock, IndexSplitter, Learner, PILImage, TransformBlock, get_image_files, load_learner, nn, parent_label, warnings)
 from fastai_jocor.noise import *
 from fastai_jocor.noise import cifar100_classes, cifar100_superclasses, item_uniform
 

@@ -1,7 +1,7 @@
 "What selection throws away is not computed, and what is left is the same."
 import copy, numpy as np, pytest, torch
-from fastai.vision.all import Callback, DataLoader, DataLoaders, GradientAccumulation, L, Learner, nn, set_seed
-from test_callback import digits, digits64, loop, quiet, Record
+from fastai.vision.all import Callback, DataLoader, DataLoaders, GradientAccumulation, Learner, nn, set_seed
+from learners import digits, digits64, quiet
 from fastai_jocor.all import *
 from fastai_jocor.callback import same_buffers, take_items
 

@@ -1,10 +1,9 @@
 import json, re, shutil, numpy as np, pandas as pd, pytest
 from dataclasses import asdict
 from html.parser import HTMLParser
-from pathlib import Path
 from scipy import stats
 from fastai_jocor.bench import RunConfig, run_dir
-from fastai_jocor.report import (jocor_report, paired_differences, plot_k, plot_time, published, read_results, references, report_blocks, score_frame, score_table, unfinished, write_report)
+from fastai_jocor.report import (jocor_report, paired_differences, plot_k, plot_time, published, read_results, references, report_blocks, score_frame, score_table, unfinished)
 
 EPOCHS = 14
 
