@@ -18,8 +18,15 @@ def site(tmp_path_factory):
 
 def test_pages_of_the_site(site):
     assert list(website.problems(site)) == []
-    names = {Path(website.final_names(ROOT/'_proc')[p.relative_to(NBS).as_posix()]).stem for p in docs.notebooks()}
-    assert names <= {Path(n).stem for n in website.pages(site)}
+    names = {Path(website.final_names(ROOT/'_proc')[p.relative_to(NBS).as_posix()]).with_suffix('.html').as_posix() for p in docs.notebooks()}
+    assert names <= set(website.pages(site)) and any(n.startswith('tutorials/') for n in names)
+
+def test_links_lead_from_a_folder_to_pages_that_have_another_name(site):
+    names = {'05_callback.ipynb': 'callback.ipynb', 'tutorials/01_a.ipynb': 'tutorials/a.ipynb'}
+    for folder,link,final in (('.','05_callback.ipynb','callback.ipynb'), ('tutorials','../05_callback.ipynb','../callback.ipynb'), ('tutorials','01_a.ipynb','a.ipynb'),
+                              ('.','tutorials/01_a.ipynb','tutorials/a.ipynb'), ('tutorials','../speed.ipynb','../speed.ipynb'), ('tutorials','05_callback.ipynb','05_callback.ipynb')):
+        assert website.final_link(link, Path(folder), names) == final
+    assert '../callback.html' in website.Page(site/'tutorials'/'quickstart.html').links
 
 def test_pages_show_the_interface_and_link_to_its_source(site):
     for module in ('losses','selection','peers','noise','data','callback','methods','audit','bench','report'):
@@ -31,7 +38,7 @@ def test_pages_show_the_interface_and_link_to_its_source(site):
 
 def test_sidebar_is_the_order_of_the_house(site):
     side = re.search(r'(?s)id="quarto-sidebar".*?</nav>', (site/'index.html').read_text(encoding='utf-8'))[0]
-    shown = [Path(o).stem for o in re.findall(r'href="([\w./]+)\.html"', side)]
+    shown = [o.removeprefix('./') for o in re.findall(r'href="([\w./]+)\.html"', side)]
     numbered = [re.search(r'nbs/(\d+[a-z]?)_', p.read_text(encoding='utf-8')) and p for p in (ROOT/'fastai_jocor').glob('*.py')]
     order = [p.stem for p in sorted((p for p in numbered if p), key=lambda p: re.search(r'nbs/(\d+[a-z]?)_', p.read_text(encoding='utf-8'))[1])]
     assert [o for o in shown if o in order] == order

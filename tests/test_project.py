@@ -8,7 +8,7 @@ import docs, sync_settings
 
 NOTEBOOKS = docs.notebooks()
 
-@pytest.mark.parametrize('nb', NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize('nb', NOTEBOOKS, ids=lambda p: p.relative_to(docs.NBS).with_suffix('').as_posix())
 def test_notebook(nb, monkeypatch):
     from nbdev.test import test_nb as run_nb
     monkeypatch.chdir(nb.parent)
@@ -52,6 +52,17 @@ def test_modules_are_what_the_notebooks_export(copy):
     subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=copy, check=True, capture_output=True)
     for p in sorted((ROOT/'fastai_jocor').glob('*.py')): assert p.read_text() == (copy/'fastai_jocor'/p.name).read_text(), p.name
     assert {p.name for p in (ROOT/'fastai_jocor').glob('*.py')} == {p.name for p in (copy/'fastai_jocor').glob('*.py')}
+
+def test_notebooks_in_folders_export_nothing():
+    inside = [p for p in NOTEBOOKS if p.parent != docs.NBS]
+    assert inside
+    for p in inside:
+        for c in docs.cells(p): assert not re.search(r'(?m)^#\| *(default_exp|export)', docs.source(c)), p.name
+
+def test_links_of_the_readme_start_from_its_folder():
+    links = re.findall(r'\]\(([^)#]+)', docs.readme())
+    assert any('tutorials/' in o for o in links)
+    for o in links: assert re.match('https?:', o) or (ROOT/o).exists(), o
 
 def test_notebooks_are_clean(copy):
     before = {p: p.read_text(encoding='utf-8') for p in (copy/'nbs').rglob('*.ipynb')}

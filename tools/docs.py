@@ -39,8 +39,7 @@ def readme():
             if not c.metadata.get('hide_source'): parts.append('```python\n' + re.sub(r'(?m)^#\|.*\n', '', c.source) + '\n```')
             parts += [_output(o) for o in c.outputs]
     text = '\n\n'.join(p.strip('\n') for p in parts if p.strip()) + '\n'
-    text = re.sub(r'\]\(images/', '](nbs/images/', text)
-    return re.sub(r'\]\((\w+)\.ipynb\)', lambda m: f"](nbs/{m[1]}.ipynb)", text)
+    return re.sub(r'\]\((images/|[\w/]+\.ipynb[)#])', r'](nbs/\1', text)
 
 def _output(o):
     if o.output_type == 'stream': return '```\n' + ''.join(o.text).rstrip() + '\n```'
