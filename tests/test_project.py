@@ -4,7 +4,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/'tools'))
-import docs, sync_settings
+import docs, front, sync_settings
 
 NOTEBOOKS = docs.notebooks()
 
@@ -82,6 +82,18 @@ def test_pure_torch_modules_do_not_import_fastai(module):
 
 def test_documentation(): assert list(docs.problems()) == []
 def test_readme(): assert (ROOT/'README.md').read_text(encoding='utf-8') == docs.readme()
+
+def test_picture_of_the_home_page_shows_the_runs_that_are_there(tmp_path):
+    assert front.is_drawn(), 'run python3 dev.py docs'
+    shutil.copytree(front.RESULTS, tmp_path/'runs')
+    assert front.is_drawn(tmp_path/'runs')
+    found = front.runs()
+    assert set(found) == set(front.WAYS) and all('accuracy' in h for hs in found.values() for h in hs)
+    h = next((tmp_path/'runs').glob('mnist-symmetric0.5-jocor_k3-*-seed0'))/'history.csv'
+    h.write_text(re.sub(r'(?m)^199,.*\n', '', h.read_text()))
+    assert not front.is_drawn(tmp_path/'runs') and not front.is_drawn(picture=tmp_path/'none.png')
+    front.draw(tmp_path/'runs', tmp_path/'new.png')
+    assert front.is_drawn(tmp_path/'runs', tmp_path/'new.png') and not front.is_drawn(picture=tmp_path/'new.png')
 
 def test_nothing_private():
     "No path of a machine, no folder outside of the project"

@@ -67,8 +67,11 @@ def problems():
         if p.relative_to(NBS).as_posix() not in listed: yield f'nbs/sidebar.yml: {p.relative_to(NBS).as_posix()} is missing'
 
 def main(*args):
+    import front
+    if not front.is_drawn() and '--check' not in args: front.draw()
     if '--run' in args: run_notebooks()
     found,text = list(problems()),readme()
+    if not front.is_drawn(): found.append('nbs/images/mnist.png does not show the runs that are there: run python3 dev.py docs')
     if '--check' in args:
         if (ROOT/'README.md').read_text(encoding='utf-8') != text: found.append('README.md is not what nbs/index.ipynb gives: run python3 dev.py docs')
     else: (ROOT/'README.md').write_text(text, encoding='utf-8', newline='\n')
