@@ -97,6 +97,18 @@ def test_architecture_page_is_the_code():
     assert shown == imports() and list(shown) == list(imports()), 'run nbs/architecture.ipynb anew and keep what it shows'
     assert any('image/png' in o.get('data', {}) for c in nb['cells'] for o in c.get('outputs', []))
 
+def shows(c): return ''.join(''.join(o.get('text', '')) + ''.join(o.get('data', {}).get('text/markdown', '')) + ''.join(o.get('data', {}).get('text/plain', '')) for o in c['outputs'])
+
+def test_pages_show_the_results_that_are_there():
+    from fastai_jocor.report import read_results
+    results,say = ROOT/'benchmarks'/'results',': run nbs/{} anew and keep what it shows'
+    df = read_results(results/'mnist_protocol')
+    some = df[(df.noise == 'symmetric:0.5') & df.label.isin(['standard','jocor k=2','jocor k=3'])]
+    text = next(shows(c) for c in docs.cells(NBS/'index.ipynb') if '#| echo: false' in docs.source(c))
+    for _,rs in some.groupby('label'): assert f"{100*rs.ensemble_accuracy.mean():.1f}%" in text and re.search(rf'\({rs.seed.nunique()} seeds?\)', text), say.format('index.ipynb')
+    text = next(shows(c) for c in docs.cells(NBS/'tutorials'/'three_or_two.ipynb') if 'read_results(' in docs.source(c))
+    for name,n in (('digits',len(read_results(results/'digits_grid'))), ('MNIST',len(df))): assert re.search(rf'(?m)^{name} +{n} ', text), say.format('tutorials/three_or_two.ipynb')
+
 def test_pages_that_others_start_from():
     nb = json.loads((ROOT/'tools'/'template.ipynb').read_text(encoding='utf-8'))
     assert not any(c.get('outputs') for c in nb['cells']) and ROOT/'tools'/'template.ipynb' not in docs.notebooks()

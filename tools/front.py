@@ -33,7 +33,7 @@ def draw(results=RESULTS, picture=PICTURE):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     found = runs(results)
-    fig,ax = plt.subplots(figsize=(8,3.6), layout='constrained')
+    fig,ax = plt.subplots(figsize=(7.2,3.4), layout='constrained')
     for (name,hs),color in zip(found.items(), COLORS):
         y = np.stack([100*pd.read_csv(io.StringIO(h)).accuracy for h in hs])
         ax.plot(y.mean(0), color=color, lw=2.5, label=f"{name} ({len(hs)} seed{'s'*(len(hs) > 1)})")
