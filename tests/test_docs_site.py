@@ -18,8 +18,15 @@ def site(tmp_path_factory):
 
 def test_pages_of_the_site(site):
     assert list(website.problems(site)) == []
-    names = {Path(website.final_names(ROOT/'_proc')[p.relative_to(NBS).as_posix()]).stem for p in docs.notebooks()}
-    assert names <= {Path(n).stem for n in website.pages(site)}
+    names = {Path(website.final_names(ROOT/'_proc')[p.relative_to(NBS).as_posix()]).with_suffix('.html').as_posix() for p in docs.notebooks()}
+    assert names <= set(website.pages(site)) and any(n.startswith('tutorials/') for n in names)
+
+def test_links_lead_from_a_folder_to_pages_that_have_another_name(site):
+    names = {'05_callback.ipynb': 'callback.ipynb', 'tutorials/01_a.ipynb': 'tutorials/a.ipynb'}
+    for folder,link,final in (('.','05_callback.ipynb','callback.ipynb'), ('tutorials','../05_callback.ipynb','../callback.ipynb'), ('tutorials','01_a.ipynb','a.ipynb'),
+                              ('.','tutorials/01_a.ipynb','tutorials/a.ipynb'), ('tutorials','../speed.ipynb','../speed.ipynb'), ('tutorials','05_callback.ipynb','05_callback.ipynb')):
+        assert website.final_link(link, Path(folder), names) == final
+    assert '../callback.html' in website.Page(site/'tutorials'/'quickstart.html').links
 
 def test_pages_show_the_interface_and_link_to_its_source(site):
     for module in ('losses','selection','peers','noise','data','callback','methods','audit','bench','report'):
@@ -31,7 +38,7 @@ def test_pages_show_the_interface_and_link_to_its_source(site):
 
 def test_sidebar_is_the_order_of_the_house(site):
     side = re.search(r'(?s)id="quarto-sidebar".*?</nav>', (site/'index.html').read_text(encoding='utf-8'))[0]
-    shown = [Path(o).stem for o in re.findall(r'href="([\w./]+)\.html"', side)]
+    shown = [o.removeprefix('./') for o in re.findall(r'href="([\w./]+)\.html"', side)]
     numbered = [re.search(r'nbs/(\d+[a-z]?)_', p.read_text(encoding='utf-8')) and p for p in (ROOT/'fastai_jocor').glob('*.py')]
     order = [p.stem for p in sorted((p for p in numbered if p), key=lambda p: re.search(r'nbs/(\d+[a-z]?)_', p.read_text(encoding='utf-8'))[1])]
     assert [o for o in shown if o in order] == order
@@ -89,6 +96,18 @@ def test_architecture_page_is_the_code():
     shown = {m: (nb, set() if uses == '–' else set(uses.split(', '))) for m,nb,uses in rows}
     assert shown == imports() and list(shown) == list(imports()), 'run nbs/architecture.ipynb anew and keep what it shows'
     assert any('image/png' in o.get('data', {}) for c in nb['cells'] for o in c.get('outputs', []))
+
+def shows(c): return ''.join(''.join(o.get('text', '')) + ''.join(o.get('data', {}).get('text/markdown', '')) + ''.join(o.get('data', {}).get('text/plain', '')) for o in c['outputs'])
+
+def test_pages_show_the_results_that_are_there():
+    from fastai_jocor.report import read_results
+    results,say = ROOT/'benchmarks'/'results',': run nbs/{} anew and keep what it shows'
+    df = read_results(results/'mnist_protocol')
+    some = df[(df.noise == 'symmetric:0.5') & df.label.isin(['standard','jocor k=2','jocor k=3'])]
+    text = next(shows(c) for c in docs.cells(NBS/'index.ipynb') if '#| echo: false' in docs.source(c))
+    for _,rs in some.groupby('label'): assert f"{100*rs.ensemble_accuracy.mean():.1f}%" in text and re.search(rf'\({rs.seed.nunique()} seeds?\)', text), say.format('index.ipynb')
+    text = next(shows(c) for c in docs.cells(NBS/'tutorials'/'three_or_two.ipynb') if 'read_results(' in docs.source(c))
+    for name,n in (('digits',len(read_results(results/'digits_grid'))), ('MNIST',len(df))): assert re.search(rf'(?m)^{name} +{n} ', text), say.format('tutorials/three_or_two.ipynb')
 
 def test_pages_that_others_start_from():
     nb = json.loads((ROOT/'tools'/'template.ipynb').read_text(encoding='utf-8'))

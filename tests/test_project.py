@@ -4,11 +4,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/'tools'))
-import docs, sync_settings
+import docs, front, sync_settings
 
 NOTEBOOKS = docs.notebooks()
 
-@pytest.mark.parametrize('nb', NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize('nb', NOTEBOOKS, ids=lambda p: p.relative_to(docs.NBS).with_suffix('').as_posix())
 def test_notebook(nb, monkeypatch):
     from nbdev.test import test_nb as run_nb
     monkeypatch.chdir(nb.parent)
@@ -53,6 +53,17 @@ def test_modules_are_what_the_notebooks_export(copy):
     for p in sorted((ROOT/'fastai_jocor').glob('*.py')): assert p.read_text() == (copy/'fastai_jocor'/p.name).read_text(), p.name
     assert {p.name for p in (ROOT/'fastai_jocor').glob('*.py')} == {p.name for p in (copy/'fastai_jocor').glob('*.py')}
 
+def test_notebooks_in_folders_export_nothing():
+    inside = [p for p in NOTEBOOKS if p.parent != docs.NBS]
+    assert inside
+    for p in inside:
+        for c in docs.cells(p): assert not re.search(r'(?m)^#\| *(default_exp|export)', docs.source(c)), p.name
+
+def test_links_of_the_readme_start_from_its_folder():
+    links = re.findall(r'\]\(([^)#]+)', docs.readme())
+    assert any('tutorials/' in o for o in links)
+    for o in links: assert re.match('https?:', o) or (ROOT/o).exists(), o
+
 def test_notebooks_are_clean(copy):
     before = {p: p.read_text(encoding='utf-8') for p in (copy/'nbs').rglob('*.ipynb')}
     subprocess.run([sys.executable, '-W', 'ignore', '-c', 'from nbdev.clean import nbdev_clean; nbdev_clean()'], cwd=copy, check=True, capture_output=True)
@@ -71,6 +82,18 @@ def test_pure_torch_modules_do_not_import_fastai(module):
 
 def test_documentation(): assert list(docs.problems()) == []
 def test_readme(): assert (ROOT/'README.md').read_text(encoding='utf-8') == docs.readme()
+
+def test_picture_of_the_home_page_shows_the_runs_that_are_there(tmp_path):
+    assert front.is_drawn(), 'run python3 dev.py docs'
+    shutil.copytree(front.RESULTS, tmp_path/'runs')
+    assert front.is_drawn(tmp_path/'runs')
+    found = front.runs()
+    assert set(found) == set(front.WAYS) and all('accuracy' in h for hs in found.values() for h in hs)
+    h = next((tmp_path/'runs').glob('mnist-symmetric0.5-jocor_k3-*-seed0'))/'history.csv'
+    h.write_text(re.sub(r'(?m)^199,.*\n', '', h.read_text()))
+    assert not front.is_drawn(tmp_path/'runs') and not front.is_drawn(picture=tmp_path/'none.png')
+    front.draw(tmp_path/'runs', tmp_path/'new.png')
+    assert front.is_drawn(tmp_path/'runs', tmp_path/'new.png') and not front.is_drawn(picture=tmp_path/'new.png')
 
 def test_nothing_private():
     "No path of a machine, no folder outside of the project"

@@ -39,8 +39,7 @@ def readme():
             if not c.metadata.get('hide_source'): parts.append('```python\n' + re.sub(r'(?m)^#\|.*\n', '', c.source) + '\n```')
             parts += [_output(o) for o in c.outputs]
     text = '\n\n'.join(p.strip('\n') for p in parts if p.strip()) + '\n'
-    text = re.sub(r'\]\(images/', '](nbs/images/', text)
-    return re.sub(r'\]\((\w+)\.ipynb\)', lambda m: f"](nbs/{m[1]}.ipynb)", text)
+    return re.sub(r'\]\((images/|[\w/]+\.ipynb[)#])', r'](nbs/\1', text)
 
 def _output(o):
     if o.output_type == 'stream': return '```\n' + ''.join(o.text).rstrip() + '\n```'
@@ -68,8 +67,11 @@ def problems():
         if p.relative_to(NBS).as_posix() not in listed: yield f'nbs/sidebar.yml: {p.relative_to(NBS).as_posix()} is missing'
 
 def main(*args):
+    import front
+    if not front.is_drawn() and '--check' not in args: front.draw()
     if '--run' in args: run_notebooks()
     found,text = list(problems()),readme()
+    if not front.is_drawn(): found.append('nbs/images/mnist.png does not show the runs that are there: run python3 dev.py docs')
     if '--check' in args:
         if (ROOT/'README.md').read_text(encoding='utf-8') != text: found.append('README.md is not what nbs/index.ipynb gives: run python3 dev.py docs')
     else: (ROOT/'README.md').write_text(text, encoding='utf-8', newline='\n')

@@ -43,8 +43,13 @@ def stage(proc, to):
     for p in [*to.rglob('*.ipynb'), to/'sidebar.yml', to/'_quarto.yml']:
         text = p.read_text(encoding='utf-8')
         if p.suffix == '.yml': text = pat.sub(lambda m: names[m[0]], text)
-        else: text = re.sub(r'\]\(([^)\s]+\.ipynb)', lambda m: f']({names.get(m[1], m[1])}', text)
+        else: text = re.sub(r'\]\(([^):\s]+\.ipynb)', lambda m: f']({final_link(m[1], p.parent.relative_to(to), names)}', text)
         p.write_text(text, encoding='utf-8')
+
+def final_link(link, folder, names):
+    "A link from a notebook in `folder` to another one, by the name that its page has"
+    to = os.path.normpath(folder/link).replace(os.sep, '/')
+    return os.path.relpath(names[to], folder).replace(os.sep, '/') if to in names else link
 
 def build(out=SITE):
     "Render the site into `out`, and return what smalldocs had to say"
