@@ -280,13 +280,13 @@ _formula = ('=','+','-','@','\t','\r','\n',"'")
 
 def safe_cell(
     o # A cell
-): # The cell
+)->str: # The cell
     "Put a `'` before text that a spreadsheet would run as a formula, and before text that starts with one"
     return f"'{o}" if isinstance(o, str) and o.startswith(_formula) else o
 
 def plain_cell(
     o # A cell
-): # The cell
+)->str: # The cell
     "Undo `safe_cell`"
     return o[1:] if isinstance(o, str) and o[:1] == "'" and o[1:].startswith(_formula) else o
 

@@ -567,7 +567,7 @@ def plot_noise(
 def item_key(
     o, # An item of a data set: number, path, string, row of a `DataFrame`, array, tensor, or a tuple, list or dictionary of these
     root:str='' # Folder to which paths are taken relative, so that a data set can move
-): # An integer or a string
+)->int|str: # An integer or a string
     "Say what identifies an item, the same in every process"
     if isinstance(o, (int,np.integer)): return int(o)
     if isinstance(o, os.PathLike): return Path(os.path.relpath(o, root) if root else o).as_posix()
@@ -577,7 +577,7 @@ def item_key(
 
 def index_key(
     o # Entry of an index of a `DataFrame`
-): # An integer, or a string
+)->int|str: # An integer, or a string
     "Say what identifies a row"
     return int(o) if isinstance(o, (int,np.integer)) else str(o)
 
