@@ -269,7 +269,7 @@ def cleaner(self:PeersCallback,
     learn, # The learner that was trained, on image files
     score:str='last', # As in `cb.suspects`
     **kwargs # To `ImageClassifierCleaner`
-)->'ImageClassifierCleaner': # A widget
+)->object: # The widget
     "Open fastai's `ImageClassifierCleaner` with the most suspect training images first"
     try: from fastai.vision.widgets import ImageClassifierCleaner
     except ImportError: raise ImportError("cleaner needs ipywidgets, which is not installed: pip install ipywidgets") from None
