@@ -34,7 +34,7 @@ def _by_name(codes, vocab):
     return names[np.asarray(codes)]
 
 @patch(as_prop=True)
-def ledger(self:PeersCallback)->pd.DataFrame:
+def ledger(self:PeersCallback)->pd.DataFrame: # A row an item
     "What training has shown of each item, one row by position in the training set; `true` and `flipped` where the truth is known"
     if self.items is None: raise ValueError("the callback holds no ledger: train with it first, on a training set that has a length")
     f,src,rec = self.items.frame(),self.source,self.noise
@@ -48,7 +48,7 @@ _texts = ('item','given','vote','true')
 def save_ledger(
     ledger:pd.DataFrame, # `cb.ledger`
     file # Ends in `.parquet`, or in `.csv`
-):
+)->None:
     "Write a ledger to a file"
     file = _ledger_file(file)
     if file.suffix == '.csv': return ledger.to_csv(file)
@@ -99,7 +99,10 @@ def _against(f):
 
 @patch
 @delegates(rank_suspects, but='ledger')
-def suspects(self:PeersCallback, n=None, score='last'):
+def suspects(self:PeersCallback,
+    n:int=None, # At most so many; `None` for all
+    score:str='last' # `loss`, `last`, `prob`, `margin`, `votes`, `rejected`, `combined` or `recent`
+)->pd.DataFrame: # By position in the training set, the most suspect first
     "Rank the items whose labels look wrong (`rank_suspects`)"
     f = rank_suspects(self.ledger, n, score)
     if not len(f) and n != 0: warnings.warn("no label stands out: the peers vote against none with confidence")
@@ -116,7 +119,7 @@ def plot_suspects(self:PeersCallback,
     n:int=9, # Number of suspects
     suspects:pd.DataFrame=None, # Of `cb.suspects`, some of them or in another order; `None` for the first
     ncols:int=None # Pictures in a row; `None`: about as many as rows
-):
+)->list: # Axes; `None` where there is no suspect
     "Show suspects, each under its given and its suggested label"
     s = (self.suspects() if suspects is None else suspects).head(n)
     if self.source.ds is None: raise ValueError("the callback has lost sight of the training set, as after it was unpickled: train with it again")
@@ -133,8 +136,8 @@ def plot_suspects(self:PeersCallback,
 @patch
 def plot_ledger(self:PeersCallback,
     ax=None, # Axis to plot on; `None` makes one
-    bins:int=60
-):
+    bins:int=60 # Of the histogram
+)->plt.Axes: # The axis
     "Plot the histogram of the items' mean joint loss, flipped labels in another colour where the truth is known, and the threshold at the share τ"
     f = self.ledger.dropna(subset=['loss'])
     if ax is None: ax = plt.subplots(figsize=(6,3), layout='constrained')[1]
@@ -148,7 +151,7 @@ def plot_ledger(self:PeersCallback,
 def plot_dynamics(self:PeersCallback,
     items=None, # Positions among those that were watched; `None` for all of them
     ax=None # Axis to plot on; `None` makes one
-):
+)->plt.Axes: # The axis
     "Plot the loss of watched items against the epoch, dashed where the item was not kept, flipped labels in another colour where the truth is known"
     f,given = pd.DataFrame(self.watched, columns=['epoch','pos','loss','prob','vote','kept']),self.ledger
     items = list(dict.fromkeys(self.watch.tolist())) if items is None else list(items)
@@ -179,7 +182,7 @@ def transition(self:PeersCallback)->np.ndarray: # Row: true class, column: given
     return transition_of(confident_joint(self.items, self.n_classes))
 
 @patch
-def plot_transition(self:PeersCallback):
+def plot_transition(self:PeersCallback)->np.ndarray: # Axes
     "Plot the transition matrix as the ledger tells it, beside the true one where it is known"
     known = self.noise is not None
     axs = np.atleast_1d(plt.subplots(1, 1+known, figsize=(5*(1+known),5), layout='constrained')[1])
@@ -192,7 +195,9 @@ def plot_transition(self:PeersCallback):
 # %% ../nbs/06_audit.ipynb #a0d10030
 class KnownLabel(Transform):
     "Give back the class name that an item has; the record of corrupted labels is at `noise`"
-    def __init__(self, noise=None):
+    def __init__(self,
+        noise=None # The record; `None` for none
+    ):
         if noise is not None: self.noise = noise
     def encodes(self, o:str): return o
 
@@ -247,7 +252,11 @@ def _cleaned_loader(train, ds, left, given, vocab, rec):
 class SuspectsLearner(GetAttr):
     "Stands in for a learner where fastai ranks items by their loss: training items come in the order of their suspicion"
     _default = 'learn'
-    def __init__(self, learn, cb, score='last'): self.learn,self.cb,self.score = learn,cb,score
+    def __init__(self,
+        learn:Learner, # The learner that was trained
+        cb:PeersCallback, # The callback that trained it
+        score:str='last' # As in `cb.suspects`
+    ): self.learn,self.cb,self.score = learn,cb,score
     def get_preds(self, dl=None, **kwargs):
         if dl is None or dl.dataset is not self.learn.dls.train.dataset: return self.learn.get_preds(dl=dl, **kwargs)
         f = self.cb.items.frame()
@@ -260,7 +269,7 @@ def cleaner(self:PeersCallback,
     learn, # The learner that was trained, on image files
     score:str='last', # As in `cb.suspects`
     **kwargs # To `ImageClassifierCleaner`
-):
+)->object: # The widget
     "Open fastai's `ImageClassifierCleaner` with the most suspect training images first"
     try: from fastai.vision.widgets import ImageClassifierCleaner
     except ImportError: raise ImportError("cleaner needs ipywidgets, which is not installed: pip install ipywidgets") from None
@@ -269,11 +278,15 @@ def cleaner(self:PeersCallback,
 # %% ../nbs/06_audit.ipynb #a0d10042
 _formula = ('=','+','-','@','\t','\r','\n',"'")
 
-def safe_cell(o):
+def safe_cell(
+    o # A cell
+)->str: # The cell
     "Put a `'` before text that a spreadsheet would run as a formula, and before text that starts with one"
     return f"'{o}" if isinstance(o, str) and o.startswith(_formula) else o
 
-def plain_cell(o):
+def plain_cell(
+    o # A cell
+)->str: # The cell
     "Undo `safe_cell`"
     return o[1:] if isinstance(o, str) and o[:1] == "'" and o[1:].startswith(_formula) else o
 
@@ -439,7 +452,7 @@ def audit_learner(
     size:int=128, # Side to which images are brought, in pixels
     bs:int=32, # Items per batch; fewer where there are fewer items
     out='.', # Where checkpoints go
-    seed:int=0
+    seed:int=0 # Seed of the split and the weights
 )->Learner: # All items are trained on; a tenth of them, but with their labels as they are, is shown as validation
     "Make a learner on images: a pretrained resnet18 if its weights are at hand, an untrained one otherwise"
     set_seed(seed)

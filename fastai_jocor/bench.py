@@ -135,7 +135,10 @@ methods = dict(standard=Method(), jocor=Method(JoCorCallback), co_teaching=Metho
                forward=Method(loss=_forward_loss), sce=Method(loss=SCELoss))
 
 # %% ../nbs/07_bench.ipynb #9bb3be76
-def fast_adam(params, **kwargs):
+def fast_adam(
+    params, # Parameters, or groups of them
+    **kwargs # To torch's Adam
+)->OptimWrapper: # A fastai optimizer
     "torch's fused Adam as a fastai optimizer: one call a step instead of Python for each parameter"
     return OptimWrapper(params, opt=partial(torch.optim.Adam, fused=True), **kwargs)
 
@@ -216,9 +219,9 @@ class RunConfig:
 
 # %% ../nbs/07_bench.ipynb #0579359b
 def run_learner(
-    cfg:RunConfig,
+    cfg:RunConfig, # The run
     path=None # Folder of the data set; `None` for its default
-)->Learner:
+)->Learner: # With the data, the noise and the loss of the run, not trained yet
     "Make the data, the network and the learner of a run"
     noise = cfg.recipe()
     set_seed(cfg.seed)
@@ -232,7 +235,11 @@ def run_learner(
     cbs = [AutocastBF16()]*low + [ChannelsLast()]*(low and cfg.dataset.startswith('cifar'))
     return Learner(dls, model, loss_func=cfg.loss(dls), opt_func=fast_adam, lr=cfg.lr, metrics=accuracy, cbs=cbs)
 
-def run_history(learn, peer_acc, before=None):
+def run_history(
+    learn:Learner, # After a fit
+    peer_acc:PeerAccuracy, # The callback of that fit
+    before:pd.DataFrame=None # The epochs before a resumed fit; `None` for none
+)->pd.DataFrame: # A row an epoch
     "The epoch table as a `DataFrame`, with the accuracy of each peer; `before` holds the epochs before a resumed fit"
     names = list(learn.recorder.metric_names)[:-1]
     start = 0 if before is None else len(before)
@@ -254,7 +261,7 @@ def summarise(
     return {k: v.item() if isinstance(v, np.generic) else v for k,v in res.items()}
 
 # %% ../nbs/07_bench.ipynb #8a03871f
-def machine():
+def machine()->dict: # Processor, cores, threads, device, and versions
     "Where a figure was measured"
     import fastai, fastai_jocor
     return dict(processor=_processor(), cores=os.cpu_count(), threads=torch.get_num_threads(), device=str(default_device()),
@@ -288,7 +295,7 @@ class Checkpoint(Callback):
     order = 62
     def __init__(self,
         out, # Folder of the run
-        cfg:RunConfig,
+        cfg:RunConfig, # A checkpoint of another configuration is left out
         peer_acc:PeerAccuracy, # Holds the accuracies of the peers
         parts=(), # Further objects with a state, such as the method's callback: those with `state_dict` and `load_state_dict` are kept
         every:int=None, # Epochs between checkpoints; `None` for a tenth of the run
@@ -344,7 +351,7 @@ class Checkpoint(Callback):
 
 # %% ../nbs/07_bench.ipynb #58c4f0e2
 def run(
-    cfg:RunConfig,
+    cfg:RunConfig, # The run
     out=None, # Folder for config.json, history.csv, learning_curve.png, model.pth and result.json; `None` writes nothing
     path=None, # Folder of the data set; `None` for its default
     verbose:bool=True, # Print the epoch table
@@ -378,7 +385,14 @@ def run(
 
 def _write_history(out, history): _write(out/'history.csv', history.to_csv(index=False, float_format='%.6g'))
 
-def save_run(out, cfg, learn, history, result, extras=True):
+def save_run(
+    out:Path, # Folder of the run, which is there
+    cfg:RunConfig, # The run
+    learn:Learner, # After the fit
+    history:pd.DataFrame, # Of `run_history`
+    result:dict, # What goes into result.json
+    extras:bool=True # Write learning_curve.png and model.pth too
+):
     "Write what a run leaves, result.json last"
     _write_history(out, history)
     if extras:
@@ -390,8 +404,8 @@ def save_run(out, cfg, learn, history, result, extras=True):
 # %% ../nbs/07_bench.ipynb #386edda9
 def plot_history(
     history:pd.DataFrame, # Of `run_history`
-    cfg:RunConfig
-):
+    cfg:RunConfig # The run, for the title
+)->plt.Figure: # One axis
     "Plot accuracy, and label precision and recall where they are known, against the epoch"
     fig,ax = plt.subplots(figsize=(6,3.5), layout='constrained')
     ax.plot(history.accuracy, label='accuracy', color='tab:blue')
@@ -405,8 +419,8 @@ def plot_history(
 # %% ../nbs/07_bench.ipynb #da8b9d87
 def run_dir(
     out, # Folder of the grid
-    cfg:RunConfig
-)->Path:
+    cfg:RunConfig # The run
+)->Path: # Named after what differs from the defaults
     "The folder of a run in a grid"
     base,noise = RunConfig(),':'.join(cfg.noise.split(':')[:2]) if cfg.noise.startswith('human') else cfg.noise
     parts = [cfg.dataset, noise.replace(':',''), re.sub(r'[^\w.+-]', '', cfg.name.replace(' ','_'))]
@@ -415,8 +429,8 @@ def run_dir(
 
 def finished(
     d:Path, # Folder of a run
-    cfg:RunConfig
-): # The result, or `None`
+    cfg:RunConfig # The run
+)->dict: # The result, or `None`
     "Read the result of a run if it was made with this configuration; fields that its method does not take are not compared"
     try:
         res = json.loads((d/'result.json').read_text(encoding='utf-8'))
@@ -455,7 +469,10 @@ _work = dict(digits=1, mnist=50, cifar10=5000, cifar100=5000)
 
 class GridProgress:
     "Say how far a grid is: one line that is rewritten on a terminal, a line per finished run elsewhere"
-    def __init__(self, cells:dict, file=None):
+    def __init__(self,
+        cells:dict, # Of `check_grid`
+        file=None # Where to write; `None` for stdout
+    ):
         self.cells,self.file,self.done,self.begin = cells,file or sys.stdout,{},time.perf_counter()
         self.others = set()
         self.work = {d: c.epochs*c.nets*_work[c.dataset] for d,c in cells.items()}
@@ -538,13 +555,19 @@ def _workers(backend, n_jobs, address):
     except ImportError as e: raise ValueError(f"backend={backend!r} needs {e.name}: pip install 'fastai_jocor[{backend}]'") from None
     with client, parallel_config(backend, n_jobs=n_jobs): yield
 
-def check_data(cfgs, path=None):
+def check_data(
+    cfgs:list, # Configurations
+    path=None # Folder of the data sets; `None` for their default
+):
     "Find the data sets of some runs, before the first of them starts"
     for name in {c.dataset for c in cfgs}:
         if name == 'mnist': mnist_dls(path, subset=.01)
         elif name != 'digits' and (path is None or _find_cifar(name, path)[1] is None): (cifar10_dls if name=='cifar10' else cifar100_dls)(path, progress=False)
 
-def check_grid(cfgs, out):
+def check_grid(
+    cfgs:list, # Configurations
+    out # Folder of the grid
+)->dict: # From the folder of a run to its configuration
     "Map the folder of each run to its configuration; a `ValueError` if two would share one"
     cells = {}
     for c in cfgs:
@@ -582,7 +605,9 @@ def run_grid(
     if failed: raise RuntimeError(f"{len(failed)} of {len(cells)} runs failed; the others are done:\n" + '\n'.join(f'{d.name}: {e}' for d,e in failed.items()))
     return grid_frame([finished(run_dir(out, c), c) for c in cfgs])
 
-def grid_frame(results):
+def grid_frame(
+    results:list # Results, each a `dict`, of `run` or `finished`
+)->pd.DataFrame: # A row a run
     "Results of runs as a `DataFrame`, with what was configured"
     return pd.DataFrame([{k:v for k,v in r.items() if k not in ('config','machine')} | {k:v for k,v in r['config'].items() if k != 'options' or v} for r in results])
 
@@ -611,7 +636,7 @@ def band(
 
 def plot_compare(
     histories:dict # From a method's name to the histories of its runs
-):
+)->plt.Figure: # Two axes
     "Plot test accuracy and label precision against the epoch: mean over the runs, and a band from the lowest to the highest"
     fig,axs = plt.subplots(1, 2, figsize=(10,3.8), layout='constrained')
     for (name,hs),color in zip(histories.items(), ('tab:gray','tab:orange','tab:blue','tab:green','tab:red','tab:purple')):
@@ -773,7 +798,10 @@ def jocor_bench(
     print(f'written to {out}; the report: jocor_report {out}')
 
 # %% ../nbs/07_bench.ipynb #1accf578
-def demo_configs(epochs=60, seeds=3):
+def demo_configs(
+    epochs:int=60, # Number of epochs
+    seeds:int=3 # Runs per method
+)->list: # Configurations
     "Digits, half of whose labels are wrong: one network plainly, two peers, three peers"
     return [RunConfig('digits', method=m, k=k, bs=64, lr=2e-2, epochs=epochs, schedule='one_cycle', seed=s) for m,k in (('standard',1),('jocor',2),('jocor',3)) for s in range(seeds)]
 

@@ -31,7 +31,9 @@ from .peers import Peers, PeerSplitter, make_peers, check_k, check_seed
 class ColumnNames(Callback):
     "Put the column names of another callback into the epoch table"
     order = 55
-    def __init__(self, owner): self.owner,self.order = owner,self.order + owner.order/1000
+    def __init__(self,
+        owner:Callback # The callback that has `columns`
+    ): self.owner,self.order = owner,self.order + owner.order/1000
     @property
     def name(self): return f'{self.owner.name}_columns'
     def before_fit(self):
@@ -73,14 +75,16 @@ class ColumnsCallback(Callback):
         self.rows.append(dict(zip(['epoch', *self.columns], [self.epoch, *values])))
         if hasattr(self.learn, 'recorder'): self.recorder.log += list(values)
 
-def is_validating(learn):
+def is_validating(
+    learn:Learner # In a fit, or not
+)->bool: # True in `validate` and `get_preds`
     "Whether the learner is in `validate`, `get_preds` or the like rather than in `fit`"
     return hasattr(learn, 'gather_preds') or learn.lock.locked()
 
 # %% ../nbs/05_callback.ipynb #58f32cf6
 def is_plain_ce(
     loss_func # The learner's loss
-)->bool:
+)->bool: # True where the fast path over the stacked logits will do
     "Whether a loss is cross-entropy without weights, smoothing or an ignored class"
     f = getattr(loss_func, 'func', loss_func)
     return (type(f) is nn.CrossEntropyLoss and f.weight is None and f.label_smoothing == 0 and f.ignore_index < 0
@@ -89,7 +93,7 @@ def is_plain_ce(
 def is_multi_label(
     loss_func, # The learner's loss
     targ:Tensor # Targets of a batch
-)->bool:
+)->bool: # True for several labels an item
     "Whether the task is one of several labels an item: a binary cross-entropy, and targets (N, C) of 0 and 1"
     bce = isinstance(getattr(loss_func, 'func', loss_func), nn.BCEWithLogitsLoss) or loss_func is F.binary_cross_entropy_with_logits
     return bce and targ.ndim == 2 and targ.is_floating_point()
@@ -108,7 +112,7 @@ def per_sample_loss(
     loss_func, # The learner's loss
     logits:Tensor, # Logits of one model to try it on, shape (N, C)
     targ:Tensor # Labels, shape (N,), or (N, C) of 0 and 1 for several labels an item
-): # Function of logits (N, C) and labels that gives a loss per item, or per label of each item; `None` for plain cross-entropy
+)->callable: # Function of logits (N, C) and labels that gives a loss per item, or per label of each item; `None` for plain cross-entropy
     "Find how a loss gives one value per item, or raise a `ValueError`"
     if is_plain_ce(loss_func): return None
     if is_multi_label(loss_func, targ): return partial(_unreduced, loss_func)
@@ -122,7 +126,7 @@ def per_sample_loss(
 # %% ../nbs/05_callback.ipynb #198cd685
 def epoch_idxs(
     dl # A loader that is being iterated over
-): # Positions in its data set in the order of this epoch, or `None` if it does not tell
+)->list: # Positions in its data set in the order of this epoch, or `None` if it does not tell
     "The order in which a fastai loader gives its items in this epoch"
     idxs = vars(dl).get('_DataLoader__idxs')
     return idxs if _lasts(idxs) else None
@@ -146,7 +150,9 @@ def listed_idxs(
         else: dl.get_idxs = own
 
 @contextmanager
-def same_random_states(dl):
+def same_random_states(
+    dl # A loader
+):
     "Leave the random states, the loader's own among them, as they were"
     states,rng = get_random_states(),getattr(dl, 'rng', None)
     own = rng.getstate() if rng is not None else None
@@ -158,7 +164,9 @@ def same_random_states(dl):
             dl.rng = rng
 
 # %% ../nbs/05_callback.ipynb #00d59bce
-def random_states(dls):
+def random_states(
+    dls:DataLoaders # Whose orders of items are drawn
+)->dict: # Of tensors, plain numbers and tuples, which `torch.load` reads with `weights_only`
     "The random states of Python, numpy, torch and the loaders, as tensors and plain numbers"
     st = get_random_states()
     name,key,*rest = st['numpy_state']
@@ -166,8 +174,8 @@ def random_states(dls):
                 loaders=[dl.rng.getstate() if hasattr(dl, 'rng') else None for dl in dls.loaders])
 
 def restore_random_states(
-    st, # Of `random_states`
-    dls
+    st:dict, # Of `random_states`
+    dls:DataLoaders # Of the same kind
 ):
     "Put random states back"
     name,key,*rest = st['numpy']
@@ -177,7 +185,9 @@ def restore_random_states(
         if own is not None: dl.rng.setstate(own)
 
 # %% ../nbs/05_callback.ipynb #7a8e45be
-def distributed_world(learn):
+def distributed_world(
+    learn:Learner # With its callbacks
+)->int: # At least 1
     "Number of processes that train this learner together; 1 without `DistributedTrainer`"
     if not any(type(cb).__name__ == 'DistributedTrainer' for cb in learn.cbs): return 1
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -225,7 +235,7 @@ def to_peers(self:Learner,
     models=None, # A list of k models, or a factory called once a peer; `None`: from the learner's model
     init:str=None, # Peers of one model: `all` layers draw new weights, or the `head` only; `None`: `head` for a pretrained or frozen model
     seed:int=None # Seed of the peers' weights; `None` draws one from torch's random state
-): # The learner
+)->Learner: # The learner
     "Turn the learner's model into peers and its optimizer into one over all of them, or leave both as they were"
     check_k(k)
     if isinstance(self.model, Peers):
@@ -250,7 +260,7 @@ def to_peers(self:Learner,
 @patch
 def to_single(self:Learner,
     i:int=0 # Which peer, in [0, k)
-): # The learner
+)->Learner: # The learner
     "Make one peer the learner's model, to export, deploy or train it by itself; the other peers are let go"
     if not isinstance(self.model, Peers): raise ValueError(f"the learner holds a single {type(self.model).__name__}, not peers")
     self.model,self.opt = self.model.peer(i),None
@@ -261,7 +271,9 @@ def to_single(self:Learner,
 class UndoPeers(Callback):
     "After `lr_find` has put back the weights, put back the single model that was made into peers for it"
     order = 65
-    def __init__(self, owner): self.owner = owner
+    def __init__(self,
+        owner:Callback # The callback that made the peers
+    ): self.owner = owner
     @property
     def name(self): return f'{self.owner.name}_undo'
     def after_fit(self):
@@ -321,7 +333,10 @@ def _class_names(dls):
 
 class ItemSource:
     "What names the training items and their classes after the fit; the data set is left behind when this is pickled"
-    def __init__(self, ds=None, vocab=None): self.ds,self.vocab = ds,vocab
+    def __init__(self,
+        ds=None, # The training set
+        vocab=None # Class names
+    ): self.ds,self.vocab = ds,vocab
     def __getstate__(self): return dict(ds=None, vocab=self.vocab)
 
 def _rows_of(seen, idx, watch, epoch):
@@ -699,13 +714,17 @@ class PeersCallback(ColumnsCallback):
 class PruneBatch(Callback):
     "Cut each batch down to the items that count, once mixed precision has begun"
     order,run_valid = 12,False
-    def __init__(self, owner): self.owner = owner
+    def __init__(self,
+        owner:Callback # Finds the items that count, by `prune_batch`
+    ): self.owner = owner
     @property
     def name(self): return f'{self.owner.name}_prune'
     def before_batch(self): self.owner.prune_batch()
 
 @contextmanager
-def same_buffers(model):
+def same_buffers(
+    model:nn.Module # Its parameters may change
+):
     "Leave what a model keeps besides its parameters, such as running means, as it was"
     old = [b.clone() for b in model.buffers()]
     try: yield
@@ -716,7 +735,7 @@ def take_items(
     x, # An input or target of a batch
     idx:Tensor, # Which items to take, shape (m,)
     n:int # Items in the batch
-):
+)->Tensor: # Shape (m, ...)
     "Take some items of a batch"
     if isinstance(x, Tensor) and x.ndim and len(x) == n: return x.index_select(0, idx)
     raise ValueError(f"prune cuts batches down, and does not know how to for an input of type {type(x).__name__}: all must be tensors whose first dimension is the batch's {n} items")

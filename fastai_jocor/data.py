@@ -93,7 +93,9 @@ class MemoryDL(TfmdDL):
 class StoredImage(Transform):
     "Read an image from a store by its number; open any other image in the size and mode of the store's"
     input_types = (object,)
-    def __init__(self, store): self.store = store
+    def __init__(self,
+        store:ImageStore # Holds the images
+    ): self.store = store
     def encodes(self, o):
         images = self.store.images
         cls,(_,h,w,c) = (PILImageBW if images.shape[3]==1 else PILImage),images.shape
@@ -103,14 +105,25 @@ class StoredImage(Transform):
 
 class StoredLabel(Transform):
     "Read the class name of an item from a store by its number; the record of corrupted labels is at `noise`"
-    def __init__(self, store, vocab, noise=None):
+    def __init__(self,
+        store:ImageStore, # Holds the targets
+        vocab, # Class names
+        noise=None # Record of corrupted labels; `None` for none
+    ):
         self.store,self.names = store,vocab
         if noise is not None: self.noise = noise
     def encodes(self, o): return self.names[int(self.store.targets[o])]
 
 class MemoryDatasets(Datasets):
     "`Datasets` over some of the items of an `ImageStore`"
-    def __init__(self, store, idxs, vocab, split_idx=0, noise=None, types=None):
+    def __init__(self,
+        store:ImageStore, # Images and targets
+        idxs, # Places in the store of the items, shape (n,)
+        vocab, # Class names
+        split_idx:int=0, # 0 for a training set, 1 for others
+        noise=None, # Record of corrupted labels; `None` for none
+        types=None # Types of image and target, for showing; `None` finds them out
+    ):
         self.store,self.classes,self.record = store,vocab,noise
         tfms = [[StoredImage(store)], [StoredLabel(store, vocab, noise), Categorize(vocab=vocab, sort=False)]]
         super().__init__(tls=[TfmdLists(pd.Series(np.asarray(idxs)), t, split_idx=split_idx, types=ty) for t,ty in zip(tfms, types or (None,None))], n_inp=1)
@@ -320,7 +333,10 @@ def crop_flip(
 class CropFlip(RandTransform):
     "`crop_flip` as a batch transform, in training only; works in the `batch_tfms` of any image `DataBlock`"
     split_idx,order = 0,5
-    def __init__(self, pad:int=4, p_flip:float=0.5):
+    def __init__(self,
+        pad:int=4, # Largest shift in pixels, at least 0; the usual one for CIFAR
+        p_flip:float=0.5 # Probability of a flip, in [0, 1]
+    ):
         super().__init__()
         self.pad,self.p_flip = pad,p_flip
     def encodes(self, y:TensorCategory): return y
@@ -341,7 +357,7 @@ def digits_dls(
     bs:int=64, # Items per batch
     valid:float=0.3, # Share of validation items, stratified, the same items for every `seed`
     **kwargs # To `InMemoryDataLoaders.from_arrays`
-)->DataLoaders:
+)->DataLoaders: # Training and validation set, and `dls[2]` for `test` where there is one
     "scikit-learn's handwritten digits: 1,797 images of 8×8 pixels in 10 classes, no download"
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -390,7 +406,7 @@ def mnist_dls(
     augment=None, # `None`, `crop_flip`, or fastai batch transforms
     normalize:bool=False, # Subtract mean and divide by standard deviation; the papers do not
     **kwargs # To `InMemoryDataLoaders.from_arrays`
-)->DataLoaders:
+)->DataLoaders: # Training and validation set, and `dls[2]` for `test` where there is one
     "MNIST: 60,000 training and 10,000 test images of 28×28 pixels"
     from torchvision.datasets import MNIST
     root = Path(ifnone(path, fastai_path('data')))
@@ -481,7 +497,7 @@ def cifar10_dls(
     download:bool=None, # Let torchvision download it where it is missing; `None`: only if `path` is `None`
     progress:bool=True, # Show a progress bar while files are read
     **kwargs # To `InMemoryDataLoaders.from_arrays`
-)->DataLoaders:
+)->DataLoaders: # Training and validation set, and `dls[2]` for `test` where there is one
     "CIFAR-10: 50,000 training and 10,000 test images of 32×32 pixels in 10 classes"
     return _cifar_dls('cifar10', cifar_stats, path, noise, seed, bs, valid, augment, subset, normalize, download, progress, **kwargs)
 
@@ -494,7 +510,7 @@ def cifar100_dls(
     seed:int=0, # Seed of the corruption
     bs:int=128, # Items per batch
     **kwargs
-)->DataLoaders:
+)->DataLoaders: # Training and validation set, and `dls[2]` for `test` where there is one
     "CIFAR-100: 50,000 training and 10,000 test images of 32×32 pixels in 100 classes"
     return _cifar_dls('cifar100', cifar100_stats, path, noise, seed, bs, **kwargs)
 

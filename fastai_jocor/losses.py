@@ -24,17 +24,26 @@ def _ce_circular(lp): return -(lp.exp() * lp.roll(-1,0)).sum((0,-1))
 contrasts = dict(kl=_kl, kl_circular=_kl_circular, ce=_ce, ce_circular=_ce_circular)
 
 # %% ../nbs/00_losses.ipynb #2171f5a3
-def check_number(name, value, ok, should):
+def check_number(
+    name:str, # Name of the argument, for the error
+    value, # What was given
+    ok, # Function that says whether the number will do
+    should:str # What it must do, for the error
+)->float: # `value`
     "Return `value`, or raise a `ValueError` if it is not a number for which `ok` holds"
     if isinstance(value, bool) or not isinstance(value, Real) or not ok(value): raise ValueError(f"{name}={value!r} must {should}")
     return value
 
-def check_contrast(kind):
+def check_contrast(
+    kind:str # Name of a contrast
+)->str: # `kind`
     "Return `kind`, or raise a `ValueError` if it names no contrast"
     if not isinstance(kind, str) or kind not in contrasts: raise ValueError(f"contrast={kind!r} is unknown: choose one of {', '.join(map(repr, contrasts))}")
     return kind
 
-def check_co_lambda(co_lambda):
+def check_co_lambda(
+    co_lambda:float # Weight of the contrast
+)->float: # `co_lambda`
     "Return `co_lambda`, or raise a `ValueError` if it is outside [0, 1]"
     return check_number('co_lambda', co_lambda, lambda v: 0 <= v <= 1, 'lie in [0, 1]: the share of the contrast in the joint loss')
 

@@ -49,7 +49,10 @@ def _n_classes(classes):
     if c < 2: raise ValueError(f"classes={classes!r} must hold at least 2 classes")
     return c
 
-def check_transition(T, c=None):
+def check_transition(
+    T, # Matrix, shape (C, C)
+    c:int=None # Number of classes that it must have; `None` for any
+)->np.ndarray: # `T`, float64
     "Return `T` as a float64 array, or raise a `ValueError` if it is not a (C, C) row-stochastic matrix"
     T = np.asarray(T, dtype=np.float64)
     if T.ndim != 2 or T.shape[0] != T.shape[1]: raise ValueError(f"matrix of shape {T.shape} must be square: (classes, classes)")
@@ -58,7 +61,10 @@ def check_transition(T, c=None):
         raise ValueError(f"matrix must be row-stochastic: entries of at least 0 and rows that sum to 1, not {np.round(T.sum(1), 6).tolist()}")
     return T
 
-def check_labels(labels, c):
+def check_labels(
+    labels, # Class indices, shape (n,)
+    c:int # Number of classes C
+)->np.ndarray: # `labels`, int64
     "Return `labels` as an int64 array, or raise a `ValueError` if they are not class indices in [0, c)"
     y = np.asarray(labels)
     if y.ndim != 1 or y.dtype.kind not in 'iu': raise ValueError(f"labels of shape {y.shape} and type {y.dtype} must be class indices: one integer per item")
@@ -463,7 +469,7 @@ class HumanLabels(LabelNoise):
 
 def file_number(
     name # Name or path of a file
-): # Its number, or `None` where the name does not tell
+)->int: # Its number, or `None` where the name does not tell
     "The number in a file's name: the one that stands by itself, as in `cifar10_0017`, or else the only one, as in `cat17`"
     stem = Path(str(name)).stem if '.' in str(name) else Path(str(name)).name
     for pattern in (r'(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])', r'\d+'):
@@ -481,7 +487,7 @@ recipes = dict(symmetric=Symmetric, pairflip=PairFlip, asymmetric=Asymmetric, in
 
 def make_noise(
     noise # A recipe, its name in text, or `None`
-): # A recipe, or `None` for no noise
+)->LabelNoise: # A recipe, or `None` for no noise
     "Make a recipe from text, or raise a `ValueError`"
     if noise is None or noise == 'none': return None
     if isinstance(noise, LabelNoise): return noise
@@ -545,7 +551,7 @@ def plot_noise(
     dls, # `DataLoaders` with corrupted labels, or a `NoiseRecord`
     ax=None, # Axis to plot on; `None` makes one
     numbers:bool=None # Write the shares into the cells; `None`: for up to 30 classes
-):
+)->plt.Axes: # The axis
     "Plot the realised transition matrix as a heat map; rows are true classes, and each sums to 1"
     from sklearn.metrics import ConfusionMatrixDisplay
     rec = dls if isinstance(dls, NoiseRecord) else getattr(dls, 'noise', None)
@@ -561,7 +567,7 @@ def plot_noise(
 def item_key(
     o, # An item of a data set: number, path, string, row of a `DataFrame`, array, tensor, or a tuple, list or dictionary of these
     root:str='' # Folder to which paths are taken relative, so that a data set can move
-): # An integer or a string
+)->int|str: # An integer or a string
     "Say what identifies an item, the same in every process"
     if isinstance(o, (int,np.integer)): return int(o)
     if isinstance(o, os.PathLike): return Path(os.path.relpath(o, root) if root else o).as_posix()
@@ -569,7 +575,11 @@ def item_key(
     if isinstance(o, pd.Series): return index_key(o.name)
     return hashlib.blake2b(_bytes(o, root), digest_size=16).hexdigest()
 
-def index_key(o): return int(o) if isinstance(o, (int,np.integer)) else str(o)
+def index_key(
+    o # Entry of an index of a `DataFrame`
+)->int|str: # An integer, or a string
+    "Say what identifies a row"
+    return int(o) if isinstance(o, (int,np.integer)) else str(o)
 
 def _bytes(o, root):
     "What an item consists of, as bytes"
@@ -594,14 +604,24 @@ class ItemNote(Transform):
 class NoisyLabel(DisplayedTransform):
     "Give each training item the label that was drawn for it; other items keep theirs. The record is at `noise`"
     order,split_idx = 3,0
-    def __init__(self, labels:dict, noise:NoiseRecord, note:ItemNote, root:str='', inputs:bool=False):
+    def __init__(self,
+        labels:dict, # From what identifies an item to its given label
+        noise:NoiseRecord, # The record of the corruption
+        note:ItemNote, # Tells the item that is being read
+        root:str='', # Folder to which paths are taken relative
+        inputs:bool=False # Whether the last entry of an item is its label, and does not identify it
+    ):
         self.labels,self.noise,self.note,self.root,self.inputs = labels,noise,note,root,inputs
     def encodes(self, o:TensorCategory): return TensorCategory(self.labels.get(item_key(_identity(self.note.item, self.inputs), self.root), int(o)))
 
 class DrawLabels(DisplayedTransform):
     "At set-up, read the training items' true labels, draw the given ones, and add a `NoisyLabel` of its own to the data set"
     order = 2
-    def __init__(self, recipe:LabelNoise, seed:int, note:ItemNote): self.recipe,self.seed,self.note = recipe,seed,note
+    def __init__(self,
+        recipe:LabelNoise, # Draws the labels
+        seed:int, # Seed of the draw
+        note:ItemNote # Tells the item that is being read
+    ): self.recipe,self.seed,self.note = recipe,seed,note
 
     def setup(self, items=None, train_setup=False):
         if isinstance(items, Tabular): return self._setup_table(items)
@@ -670,7 +690,7 @@ def NoisyCategoryBlock(
     vocab=None, # List of unique class names
     sort:bool=True, # Sort the classes alphabetically
     add_na:bool=False # Add `#na#` to `vocab`
-):
+)->TransformBlock: # For the `blocks` of a `DataBlock`
     "`CategoryBlock` whose training labels are corrupted, once and for good; the record is at `dls.noise`"
     noise = make_noise(noise)
     if noise is None: return CategoryBlock(vocab=vocab, sort=sort, add_na=add_na)
@@ -716,7 +736,7 @@ def show_batch(self:TfmdDL,
     show:bool=True, # Whether to display data
     unique:bool=False, # Whether to show one item several times
     **kwargs
-):
+)->tuple: # The decoded batch where `show` is false
     "As fastai's; labels that this library flipped are shown with the true ones, in red"
     plain = partial(self._show_batch_without_noise, max_n=max_n, ctxs=ctxs, show=show, unique=unique, **kwargs)
     if b is not None or unique or not show or not _is_corrupted(self.dataset): return plain(b)

@@ -106,13 +106,17 @@ def _guard_msg(k): return (f"this model holds k={k} peers, and no ordinary loss 
                            f"train it with cbs=JoCorCallback(k={k}), or take out one network with learn.to_single(i)")
 
 # %% ../nbs/02_peers.ipynb #9b267d65
-def check_k(k):
+def check_k(
+    k:int # Number of peers
+)->int: # `k`
     "Return `k`, or raise a `ValueError` if it is not an integer of at least 1"
     if isinstance(k, bool) or not isinstance(k, Integral): raise ValueError(f"k={k!r} must be an integer: the number of peers")
     if k < 1: raise ValueError(f"k={k!r} must be at least 1: the number of peers")
     return k
 
-def check_seed(seed):
+def check_seed(
+    seed:int # A seed, or `None`
+)->int: # `seed`
     "Return `seed`, or raise a `ValueError` if it is neither `None` nor an integer of at least 0"
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0): raise ValueError(f"seed={seed!r} must be None or an integer of at least 0")
     return seed
@@ -205,7 +209,9 @@ def _same_msg(model, init):
 # %% ../nbs/02_peers.ipynb #4fdab860
 class PeerSplitter:
     "Split each peer by `splitter`, and merge the groups across the peers"
-    def __init__(self, splitter): self.splitter = splitter
+    def __init__(self,
+        splitter # Function of a model that gives its parameter groups
+    ): self.splitter = splitter
     def __repr__(self): return f'PeerSplitter({self.splitter!r})'
     def __call__(self, model):
         model = getattr(model, 'module', model)

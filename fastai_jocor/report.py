@@ -61,7 +61,9 @@ def _told_apart(r, rs):
     used = [n for n in ('co_lambda','forget_rate','num_gradual') if r.method not in methods or n in methods[r.method].fields]
     return ''.join(f' {n}={r[n]:g}' if pd.notna(r[n]) else f' {n}=default' for n in used if rs[n].nunique(dropna=False) > 1)
 
-def unfinished(folder):
+def unfinished(
+    folder # Folder that holds the folders of runs
+)->int: # At least 0
     "Number of runs in a folder that were begun but have no result yet"
     return sum(not (f.parent/'result.json').exists() for f in Path(folder).glob('*/config.json'))
 
@@ -76,7 +78,7 @@ _as_published = dict(dataset='mnist', epochs=200, bs=128, lr=1e-3, schedule='pap
 
 def is_published_protocol(
     df:pd.DataFrame # Of `read_results`, one protocol
-)->bool:
+)->bool: # True where the published figures can be put beside them
     "Whether runs are as those of the published figures: 200 epochs of the whole of MNIST"
     return all((df[n] == v).all() for n,v in _as_published.items()) and df.subset.isna().all()
 
@@ -116,14 +118,18 @@ def paired_differences(
             rows.append(dict(noise=noise, method=label, minus=reference, seeds=len(d), difference=d.mean(), low=d.mean()-half, high=d.mean()+half, better=int((d > 0).sum())))
     return pd.DataFrame(rows, columns=['noise','method','minus','seeds','difference','low','high','better'])
 
-def difference_table(d):
+def difference_table(
+    d:pd.DataFrame # Of `paired_differences`
+)->pd.DataFrame: # Points of percent, with signs
     "Paired differences as text"
     if not len(d): return d
     interval = [f'{l:+.2f} to {h:+.2f}' if np.isfinite(l) else '–' for l,h in zip(d.low, d.high)]
     clear = ['' if not np.isfinite(l) else 'above 0' if l > 0 else 'below 0' if h < 0 else 'holds 0' for l,h in zip(d.low, d.high)]
     return pd.DataFrame({'noise': d.noise, 'method': d.method, 'minus': d.minus, 'seeds': d.seeds, 'difference': [f'{o:+.2f}' for o in d.difference], '95% interval': interval, 'interval is': clear, 'better in': [f'{b} of {n}' for b,n in zip(d.better, d.seeds)]})
 
-def references(df):
+def references(
+    df:pd.DataFrame # Of `read_results`, one protocol
+)->list: # Labels
     "The methods to compare with: two and three peers with all terms of the contrast where they are there, else the first"
     found = [l for l in ('jocor k=2','jocor k=3') if l in set(df.label)]
     return found or [df.label.iloc[0]]
@@ -150,7 +156,7 @@ def _legend(fig, axs):
 
 def plot_curves(
     df:pd.DataFrame # Of `read_results`, one protocol
-):
+)->plt.Figure: # A panel for each noise
     "Plot the single peers' test accuracy and the label precision against the epoch: the mean, and a band from the lowest to the highest seed"
     fig,axs,noises = _panels(df, 2)
     style = _styles(df.sort_values(['rank','nets','label']).label.unique())
@@ -164,7 +170,7 @@ def plot_curves(
 
 def plot_k(
     df:pd.DataFrame # Of `read_results`, one protocol
-):
+)->plt.Figure: # A panel for each noise
     "Plot the single peers' test accuracy against the number of peers, for each kind of method: mean ± standard deviation over seeds"
     df = df.assign(kind=df.label.str.replace(r' k=\d+', '', regex=True))
     fig,axs,noises = _panels(df)
@@ -179,7 +185,7 @@ def plot_k(
 
 def plot_time(
     df:pd.DataFrame # Of `read_results`, one protocol
-):
+)->plt.Figure: # A panel for each noise
     "Plot the single peers' test accuracy against the time of training: mean ± standard deviation over seeds"
     fig,axs,noises = _panels(df)
     style = _styles(df.sort_values(['rank','nets','label']).label.unique())
@@ -204,7 +210,7 @@ def report_blocks(
     reference:str=None, # Label of the method to compare with; `None`: of `references`
     last:int=10, # Epochs that were averaged over
     open_runs:int=0 # Runs without a result
-): # Pairs of a kind (`h1`, `h2`, `h3`, `p`, `table`, `figure`) and a content
+)->list: # Yields pairs of a kind (`h1`, `h2`, `h3`, `p`, `table`, `figure`) and a content
     "The contents of a report"
     yield 'h1','Results'
     yield 'p',f"{len(df)} finished runs" + (f'; {open_runs} more were begun and have no result yet, and are left out.' if open_runs else '.') + f" Processor: {', '.join(sorted(set(df.processor)-{''})) or 'not told'}."
@@ -279,7 +285,9 @@ def write_report(
     _write(out/'report.md', '\n\n'.join(md) + '\n')
     _write(out/'report.html', _page.format(body='\n'.join(page)))
 
-def score_frame(df):
+def score_frame(
+    df:pd.DataFrame # Of `read_results`
+)->pd.DataFrame: # A row a protocol, noise and method
     "Scores of each method and noise as numbers: mean and standard deviation over seeds, in [0, 1]"
     cols = [c for c in ('peer_accuracy','ensemble_accuracy','label_precision','label_recall','best_accuracy','seconds') if c in df]
     res = df.groupby(['protocol','noise','label'], sort=False)[cols].agg(['mean','std'])

@@ -17,7 +17,10 @@ from torch import Tensor
 from .losses import check_number
 
 # %% ../nbs/01_selection.ipynb #a220fe8f
-def check_forget_rate(tau, name='forget_rate'):
+def check_forget_rate(
+    tau:float, # Share of each batch to drop
+    name:str='forget_rate' # Name of the argument, for the error
+)->float: # `tau`
     "Return `tau`, or raise a `ValueError` if it is outside [0, 1)"
     return check_number(name, tau, lambda v: 0 <= v < 1, 'lie in [0, 1): the share of each batch that is dropped, about the share of wrong labels')
 
@@ -206,8 +209,8 @@ class NoiseEstimate:
 def estimate_noise(
     ledger, # A `Ledger`, or its `frame()`
     n_classes:int, # Number of classes C, at least 2
-    max_doubt:float=0.2 # Largest share of votes in doubt with which the confident joint is trusted
-)->NoiseEstimate:
+    max_doubt:float=0.2 # Largest share of votes in doubt with which the confident joint is trusted, in [0, 1]
+)->NoiseEstimate: # The estimate, and what it was made of
     "Estimate the share of wrong labels by the confident joint; where too many votes are in doubt, by the smaller of two estimates"
     f = ledger.frame() if isinstance(ledger, Ledger) else ledger
     f = f[(f.given >= 0) & (f.vote >= 0) & f.prob.notna()]

@@ -108,6 +108,9 @@ def test_pages_show_the_results_that_are_there():
     for _,rs in some.groupby('label'): assert f"{100*rs.ensemble_accuracy.mean():.1f}%" in text and re.search(rf'\({rs.seed.nunique()} seeds?\)', text), say.format('index.ipynb')
     text = next(shows(c) for c in docs.cells(NBS/'tutorials'/'three_or_two.ipynb') if 'read_results(' in docs.source(c))
     for name,n in (('digits',len(read_results(results/'digits_grid'))), ('MNIST',len(df))): assert re.search(rf'(?m)^{name} +{n} ', text), say.format('tutorials/three_or_two.ipynb')
+    grid,every = results/'mnist_lambda_tau',lambda nb: ''.join(shows(c) for c in docs.cells(NBS/nb) if c['cell_type'] == 'code')
+    assert (f'{len(read_results(grid))} runs on MNIST' if any(grid.glob('*/result.json')) else 'is not among the results yet') in every('tutorials/choosing.ipynb'), say.format('tutorials/choosing.ipynb')
+    assert f'Of the {len(df)} runs in that folder' in every('design.ipynb'), say.format('design.ipynb')
 
 def test_pages_that_others_start_from():
     nb = json.loads((ROOT/'tools'/'template.ipynb').read_text(encoding='utf-8'))
