@@ -41,14 +41,17 @@ def bookkeeping(n, bs=128, rounds=3):
     "Seconds that the loader and the ledger take for an epoch of n items, and megabytes that both hold and use"
     dls = InMemoryDataLoaders.from_arrays(np.zeros((n+10,1,1), np.uint8), np.arange(n+10)%10, valid=range(n,n+10), bs=bs)
     ledger,times = Ledger(n),[]
-    loss,vote,yes = torch.rand(bs),torch.zeros(bs, dtype=torch.long),torch.ones(bs, dtype=torch.bool)
+    loss,logits,kept,targ = torch.rand(bs),torch.randn(3, bs, 10),torch.arange(bs//2),torch.zeros(bs, dtype=torch.long)
+    pred = logits.softmax(-1).mean(0).log()
     before = megabytes('VmRSS')
     for _ in range(rounds):
         start,seen,at = time.perf_counter(),Sightings(),0
         order = None
         for i,_ in enumerate(dls.train):
-            if order is None: order = dls.train._DataLoader__idxs
-            seen.add(bs, order[at:at+bs], None, vote[:bs//2], loss.clone(), loss.clone(), vote.clone(), yes.clone(), yes.clone(), loss.clone(), vote)
+            if order is None:
+                order = dls.train._DataLoader__idxs
+                seen.order(order, None)
+            seen.add(at, bs, None, kept, loss.clone(), logits.clone(), pred.clone(), targ)
             at += bs
         o = seen.columns('cpu')
         ledger.update(o['idx'], *(o[name] for name in ('loss','prob','vote','as_given','agree','kept','conf','given')))

@@ -12,9 +12,10 @@ __all__ = ['suspect_scores', 'save_ledger', 'load_ledger', 'rank_suspects', 'est
 # %% ../nbs/06_audit.ipynb #a0d10002
 import hashlib, json, os, sys, numpy as np, pandas as pd
 from fastcore.script import call_parse
+from fastai.tabular.core import Tabular
 from fastai.vision.all import *
 from .selection import Ledger, confident_joint, estimate_noise, transition_of
-from .noise import NoiseRecord, item_key, _names, plot_noise
+from .noise import NoiseRecord, NoisyLabel, item_key, _names, plot_noise
 from .data import ImageStore, MemoryDatasets, MemoryDL
 from .callback import JoCorCallback, PeersCallback
 
@@ -52,7 +53,7 @@ def save_ledger(
     "Write a ledger to a file"
     file = _ledger_file(file)
     if file.suffix == '.csv': return ledger.to_csv(file)
-    try: ledger.assign(item=[str(o) for o in ledger.item]).to_parquet(file)
+    try: ledger.assign(item=[str(o) for o in ledger.item]).to_parquet(file, index=True)
     except ImportError: raise ImportError(f"file={str(file)!r} needs pyarrow, which is not installed: pip install pyarrow, or save the ledger as .csv") from None
 
 def load_ledger(
@@ -61,25 +62,29 @@ def load_ledger(
     "Read a ledger from a file"
     file = _ledger_file(file)
     if file.suffix == '.csv':
-        f = pd.read_csv(file, index_col='position', dtype={o: object for o in _texts}, keep_default_na=False, na_values={o: [''] for o in ('last_loss','kept','loss','prob','conf','votes_given','agreement','stability')}, float_precision='round_trip')
-        return f.astype({o: np.float32 for o in ('last_loss',)}).assign(**{o: f[o].where(f[o] != '', None) for o in ('given','vote','true') if o in f})
+        f = pd.read_csv(file, index_col='position', dtype=object, keep_default_na=False).rename(index=int)
+        return f.assign(**{o: _typed(o, f[o]) for o in f})
     try: return pd.read_parquet(file)
     except ImportError: raise ImportError(f"file={str(file)!r} needs pyarrow, which is not installed: pip install pyarrow") from None
+
+def _typed(name, col):
+    "A column of text as what it is in the ledger"
+    if name in _texts: return col if name == 'item' else col.where(col != '', None)
+    if name == 'flipped': return col == 'True'
+    return col.replace('', 'nan').astype(int if name == 'seen' else np.float32 if name in ('last_loss','recent_loss') else float)
 
 def _ledger_file(file):
     if Path(file).suffix not in ('.parquet','.csv'): raise ValueError(f"file={str(file)!r} must end in .parquet or .csv")
     return Path(file)
 
 # %% ../nbs/06_audit.ipynb #a0d10015
-def _ranked(x): return x.rank(pct=True)
-suspect_scores = dict(
-    loss=lambda f: f.loss, last=lambda f: f.last_loss, prob=lambda f: 1-f.prob, margin=lambda f: f.conf-f.prob, votes=lambda f: 1-f.votes_given, rejected=lambda f: 1-f.kept,
-    combined=lambda f: (_ranked(f.loss) + _ranked(f.conf-f.prob))/2, recent=lambda f: (_ranked(f.loss) + _ranked(f.last_loss))/2)
+suspect_scores = dict(recent=lambda f: f.recent_loss, last=lambda f: f.last_loss, loss=lambda f: f.loss, prob=lambda f: 1-f.prob, margin=lambda f: f.conf-f.prob,
+                      votes=lambda f: 1-f.votes_given, rejected=lambda f: 1-f.kept)
 
 def rank_suspects(
     ledger:pd.DataFrame, # `cb.ledger`, or one of `load_ledger`
     n:int=None, # At most so many; `None` for all
-    score:str='last' # `loss`, `last`, `prob`, `margin`, `votes`, `rejected`, `combined` or `recent`
+    score:str='recent' # `recent`, `last`, `loss`, `prob`, `margin`, `votes` or `rejected`
 )->pd.DataFrame: # By position in the training set, the most suspect first: item, given, suggested, score, evidence, and what is known of the truth
     "Rank the items whose label the peers vote against with as much confidence as they have in labels like their vote"
     if score not in suspect_scores: raise ValueError(f"score={score!r} is unknown: choose one of {', '.join(suspect_scores)}")
@@ -101,7 +106,7 @@ def _against(f):
 @delegates(rank_suspects, but='ledger')
 def suspects(self:PeersCallback,
     n:int=None, # At most so many; `None` for all
-    score:str='last' # `loss`, `last`, `prob`, `margin`, `votes`, `rejected`, `combined` or `recent`
+    score:str='recent' # `recent`, `last`, `loss`, `prob`, `margin`, `votes` or `rejected`
 )->pd.DataFrame: # By position in the training set, the most suspect first
     "Rank the items whose labels look wrong (`rank_suspects`)"
     f = rank_suspects(self.ledger, n, score)
@@ -111,6 +116,9 @@ def suspects(self:PeersCallback,
 # %% ../nbs/06_audit.ipynb #a0d10019
 def _picture(ds, i):
     "The input of an item to look at, or its text"
+    if isinstance(ds, Tabular):
+        row = ds.decode_row(ds.items.iloc[i])
+        return '\n'.join(f'{n}: {row[n]:.4g}' if isinstance(row[n], float) else f'{n}: {row[n]}' for n in ds.x_names)
     tl = ds.tls[0] if hasattr(ds, 'tls') else None
     return tl[i] if tl is not None else ds[i][0]
 
@@ -128,7 +136,7 @@ def plot_suspects(self:PeersCallback,
     for ax,i,given,suggested in zip(axs, s.index, s.given, s.suggested):
         x,title = _picture(self.source.ds, int(i)),f'{given} → {suggested}'
         try: show_image(x, ctx=ax, cmap='gray')
-        except (TypeError, ValueError, AttributeError): ax.text(.5, .5, str(x)[:80], ha='center', wrap=True); ax.axis('off')
+        except (TypeError, ValueError, AttributeError, IndexError): ax.text(.5, .5, str(x)[:80], ha='center', va='center', wrap=True); ax.axis('off')
         ax.set_title(title, size=9, color='tab:green' if 'true' in s and s.true[i] == suggested else None)
     return axs
 
@@ -212,13 +220,13 @@ def _check_suspects(suspects, how, n, vocab):
     return pos
 
 def cleaned(
-    dls:DataLoaders, # In-memory ones, or of a `DataBlock` with one label an item
+    dls:DataLoaders, # In-memory ones, of a `DataBlock` with one label an item, or of a `TabularPandas`
     suspects:pd.DataFrame, # Of `cb.suspects()`, or those of them that you agree with
     how:str='drop' # `drop` them, or `relabel` them as suggested
 )->DataLoaders: # The validation set is the same; a record of corruption is of the items that are left and of their labels now
     "Make `DataLoaders` to train again with, without suspects or with their suggested labels"
     train,ds,vocab = dls.train,dls.train.dataset,[str(o) for o in dls.vocab] if isinstance(getattr(dls, 'vocab', None), (L,list,tuple,CategoryMap)) else None
-    if vocab is None or not hasattr(ds, 'tls') or len(ds.tls) != 2: raise ValueError(f"dls hold a {type(ds).__name__}: they must give pairs of an input and one class")
+    if vocab is None or len(ds.y_names if isinstance(ds, Tabular) else getattr(ds, 'tls', [])[1:]) != 1: raise ValueError(f"dls hold a {type(ds).__name__}: they must give pairs of an input and one class")
     pos = _check_suspects(suspects, how, len(ds), vocab)
     given = _given_codes(train)
     if how == 'relabel': given[pos] = [vocab.index(o) for o in suspects.suggested]
@@ -230,9 +238,18 @@ def cleaned(
 
 def _given_codes(dl):
     if isinstance(dl, MemoryDL): return dl.store.targets[dl.pos].cpu().numpy().astype(np.int64)
+    if isinstance(dl.dataset, Tabular): return dl.dataset.y.to_numpy(dtype=np.int64, copy=True)
     return np.array([int(dl.dataset.tls[1][i]) for i in range(len(dl.dataset))])
 
+def _cleaned_table(ds, left, given, rec):
+    y = ds.y_names[0]
+    to = ds.new(ds.items.iloc[left].assign(**{y: given[left].astype(ds.items[y].dtype)}))
+    to.procs = Pipeline([o for o in ds.procs.fs if not isinstance(o, (NoisyLabel,KnownLabel))] + [KnownLabel(rec)])
+    return to
+
 def _cleaned_loader(train, ds, left, given, vocab, rec):
+    weights = dict(wgts=train.wgts[left]) if hasattr(train, 'wgts') else {}
+    if isinstance(ds, Tabular): return train.new(_cleaned_table(ds, left, given, rec), **weights)
     if isinstance(ds, MemoryDatasets):
         targets = ds.store.targets.clone()
         targets[train.pos] = torch.as_tensor(given, dtype=targets.dtype, device=targets.device)
@@ -242,7 +259,7 @@ def _cleaned_loader(train, ds, left, given, vocab, rec):
     items = x.items.iloc[left] if hasattr(x.items, 'iloc') else L(x.items)[left.tolist()]
     labels = TfmdLists([vocab[i] for i in given[left]], [KnownLabel(rec), Categorize(vocab=vocab, sort=False)], split_idx=ds.split_idx, types=y.types, do_setup=False)
     new = Datasets(tls=[x._new(items), labels], n_inp=ds.n_inp)
-    if not isinstance(train, MemoryDL): return train.new(new)
+    if not isinstance(train, MemoryDL): return train.new(new, **weights)
     pos = train.pos[left]
     targets = train.store.targets.clone()
     targets[train.pos] = torch.as_tensor(given, dtype=targets.dtype, device=targets.device)
@@ -250,27 +267,27 @@ def _cleaned_loader(train, ds, left, given, vocab, rec):
 
 # %% ../nbs/06_audit.ipynb #a0d10034
 class SuspectsLearner(GetAttr):
-    "Stands in for a learner where fastai ranks items by their loss: training items come in the order of their suspicion"
+    "Stands in for a learner where fastai ranks items by their loss: suspects come first, in their order, then the other training items by the same score"
     _default = 'learn'
     def __init__(self,
         learn:Learner, # The learner that was trained
         cb:PeersCallback, # The callback that trained it
-        score:str='last' # As in `cb.suspects`
+        score:str='recent' # As in `cb.suspects`
     ): self.learn,self.cb,self.score = learn,cb,score
     def get_preds(self, dl=None, **kwargs):
         if dl is None or dl.dataset is not self.learn.dls.train.dataset: return self.learn.get_preds(dl=dl, **kwargs)
         f = self.cb.items.frame()
         if len(f) != len(dl.dataset): raise ValueError(f"learn trains on {len(dl.dataset)} items, but the ledger is of {len(f)}: pass the learner that the callback trained")
-        known = torch.as_tensor(_given_codes(dl) if (f.given < 0).any() else f.given.to_numpy())
-        return None,known,None,torch.as_tensor(suspect_scores[self.score](f).fillna(-np.inf).to_numpy())
+        known = torch.tensor(_given_codes(dl) if (f.given < 0).any() else f.given.to_numpy())
+        return None,known,None,torch.tensor((_against(f) + suspect_scores[self.score](f).rank(pct=True).fillna(0.)).to_numpy())
 
 @patch
 def cleaner(self:PeersCallback,
     learn, # The learner that was trained, on image files
-    score:str='last', # As in `cb.suspects`
+    score:str='recent', # As in `cb.suspects`
     **kwargs # To `ImageClassifierCleaner`
 )->object: # The widget
-    "Open fastai's `ImageClassifierCleaner` with the most suspect training images first"
+    "Open fastai's `ImageClassifierCleaner` with the suspects of each class first"
     try: from fastai.vision.widgets import ImageClassifierCleaner
     except ImportError: raise ImportError("cleaner needs ipywidgets, which is not installed: pip install ipywidgets") from None
     return ImageClassifierCleaner(SuspectsLearner(learn, self, score), **kwargs)
@@ -325,16 +342,23 @@ _page = '''<!DOCTYPE html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>Label audit</title>
 <style>
-body{font:15px/1.4 system-ui,sans-serif;margin:0;color:#222;background:#fff}
-header{position:sticky;top:0;background:#f4f5f7;border-bottom:1px solid #ccc;padding:.6rem 1rem;display:flex;flex-wrap:wrap;gap:.8rem;align-items:center}
-h1{font-size:1.1rem;margin:0}
-#list{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:.6rem;padding:1rem}
-.card{border:2px solid #ddd;border-radius:6px;padding:.5rem;min-height:15rem;overflow-wrap:anywhere}
-.card img{width:96px;height:96px;object-fit:contain;background:#eee;display:block}
-.card small{color:#555;display:block}
-.keep{border-color:#2a7d2a}.relabel{border-color:#1f66b1}.drop{border-color:#b13a1f}
-fieldset{border:0;padding:0;margin:.3rem 0}legend{font-weight:600}label{margin-right:.5rem}
-#bad{padding:0 1rem}
+:root{color-scheme:light dark;--line:#c9cdd3;--soft:#f2f4f6;--text:#222;--dim:#555;--keep:#2a7d2a;--relabel:#1f66b1;--drop:#b13a1f}
+@media (prefers-color-scheme:dark){:root{--line:#464a50;--soft:#26292d;--text:#e8e8e8;--dim:#b0b4b9;--keep:#5fbf5f;--relabel:#6aaef0;--drop:#ee8065}}
+body{font:15px/1.4 system-ui,sans-serif;margin:0;color:var(--text);background:Canvas}
+header{position:sticky;top:0;z-index:1;background:var(--soft);border-bottom:1px solid var(--line);padding:.6rem 1rem;display:flex;flex-wrap:wrap;gap:.5rem 1rem;align-items:center}
+h1{font-size:1.1rem;margin:0}h2{font-size:1rem}
+select,button{font:inherit;font-size:.9rem;min-width:0;max-width:100%;padding:.1rem .3rem}header label{display:flex;gap:.4rem;align-items:center;min-width:0;max-width:100%}
+#note,#bad{padding:0 1rem;overflow-wrap:anywhere}
+#list{display:grid;grid-template-columns:repeat(auto-fill,minmax(13.5rem,1fr));gap:.7rem;padding:1rem}
+.card{border:2px solid var(--line);border-radius:6px;overflow:hidden;overflow-wrap:anywhere}
+.picture{min-height:112px;height:100%;max-height:15rem;display:flex;align-items:center;justify-content:center;background:var(--soft);color:var(--dim);font-style:italic}
+.picture img{width:96px;height:96px;object-fit:contain}
+.text{padding:.5rem .6rem}.text small{color:var(--dim);display:block}
+fieldset{border:0;padding:0;margin:0 0 .4rem;min-width:0}legend{font-weight:600;padding:0}
+fieldset label{white-space:nowrap;margin-right:.7rem}fieldset input{margin:0 .25rem 0 0}
+.keep{border-color:var(--keep)}.relabel{border-color:var(--relabel)}.drop{border-color:var(--drop)}
+@media (min-width:40em){.picture{height:112px}}
+@media (max-width:40em){header{position:static}#list{grid-template-columns:minmax(0,1fr);padding:.7rem}.card{display:grid;grid-template-columns:112px minmax(0,1fr)}}
 </style></head><body>
 <header><h1>Label audit</h1><span id="count" role="status"></span>
 <label>Sort by <select id="sort"><option value="score">score</option><option value="item">file</option><option value="given">given label</option><option value="suggested">suggested label</option></select></label>
@@ -351,14 +375,14 @@ try { decisions = JSON.parse(localStorage.getItem(key)) || {}; } catch (e) {}
 function el(tag, text, cls) { const e = document.createElement(tag); if (text !== undefined) e.textContent = text; if (cls) e.className = cls; return e; }
 function decide(r, what) { decisions[r.position] = what; try { localStorage.setItem(key, JSON.stringify(decisions)); } catch (e) {} count(); }
 function card(r) {
-  const c = el("article", undefined, "card " + (decisions[r.position] || "")), img = el("img"), f = el("fieldset");
-  if (r.picture) { img.src = r.picture; img.alt = r.item; c.append(img); } else c.append(el("em", "no picture"));
+  const c = el("article", undefined, "card " + (decisions[r.position] || "")), p = el("div", r.picture ? "" : "no picture", "picture"), t = el("div", undefined, "text"), f = el("fieldset");
+  if (r.picture) { const img = el("img"); img.src = r.picture; img.alt = r.item; p.append(img); }
   f.append(el("legend", PAIR(r)));
   for (const what of ["keep", "relabel", "drop"]) {
     const l = el("label"), i = el("input"); i.type = "radio"; i.name = "d" + r.position; i.value = what; i.checked = decisions[r.position] === what;
     i.onchange = () => { decide(r, what); c.className = "card " + what; }; l.append(i, what); f.append(l);
   }
-  c.append(f, el("small", r.item), el("small", "score " + r.score), el("small", r.evidence)); return c;
+  t.append(f, el("small", r.item), el("small", "score " + r.score), el("small", r.evidence)); c.append(p, t); return c;
 }
 function more() { const part = shown.slice(n, n + STEP); n += part.length; $("list").append(...part.map(card)); }
 function count() { $("count").textContent = shown.length + " of " + rows.length + " suspects, " + Object.keys(decisions).length + " decided"; }
@@ -423,7 +447,7 @@ def read_labels(
     elif source.is_file():
         df = read_table(source)
         missing = [c for c in (file_col,label_col) if c not in df]
-        if missing: raise ValueError(f"source={str(source)!r} has no column {missing[0]!r}: it has {', '.join(map(repr, df))}; name them with --file_col and --label_col")
+        if missing: raise ValueError(f"source={str(source)!r} has no column {missing[0]!r}: it has {', '.join(map(repr, df))}; name them with --file-col and --label-col")
         df = df[[file_col,label_col]].set_axis(['file','label'], axis=1)
     else: raise ValueError(f"source={str(source)!r} does not exist: it must be a folder with a folder of images for each class, or a CSV")
     twice = df.file[df.file.duplicated()].tolist()

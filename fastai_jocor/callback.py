@@ -7,8 +7,8 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/callback.html.md"""
 # %% auto #0
 __all__ = ['ColumnNames', 'ColumnsCallback', 'is_validating', 'is_plain_ce', 'is_multi_label', 'per_sample_loss', 'epoch_idxs',
            'listed_idxs', 'same_random_states', 'random_states', 'restore_random_states', 'distributed_world',
-           'SafeSaveModelCallback', 'AutocastBF16', 'UndoPeers', 'call_defined', 'Sightings', 'ItemSource',
-           'gather_rows', 'PeersCallback', 'PruneBatch', 'same_buffers', 'take_items', 'JoCorCallback']
+           'SafeSaveModelCallback', 'AutocastBF16', 'UndoPeers', 'call_defined', 'what_is_seen', 'Sightings',
+           'ItemSource', 'gather_rows', 'PeersCallback', 'PruneBatch', 'same_buffers', 'take_items', 'JoCorCallback']
 
 # %% ../nbs/05_callback.ipynb #354eb306
 import itertools, math, os, random, torch, numpy as np, pandas as pd
@@ -293,28 +293,61 @@ def call_defined(
         if _hears(cb, event_name): cb(event_name)
 
 # %% ../nbs/05_callback.ipynb #7ed9e700
+def what_is_seen(
+    logits:Tensor, # Logits of the peers, shape (k, m, C)
+    pred:Tensor, # Log of their mean probability, shape (m, C); with several labels an item, its logit
+    targ:Tensor # Given labels, shape (m,), or (m, C) of 0 and 1
+)->tuple: # `prob`, `vote`, `as_given`, `agree`, `conf` and `given` of each item, shape (m,), as `Ledger.update` takes them
+    "Tell what the peers believe of some items"
+    if targ.ndim == 1:
+        best,given,(conf,vote) = logits.max(-1).indices,targ.long(),pred.max(-1)
+        return pred.gather(-1, given[:,None])[:,0].exp(), vote, vote == given, (best == best[0]).all(0), conf.exp(), given
+    best,holds,none = logits > 0,targ.bool(),torch.full_like(targ[:,0], -1, dtype=torch.long)
+    return torch.where(holds, pred, -pred).sigmoid().mean(-1), none, ((pred > 0) == holds).all(-1), (best == best[0]).all(0).all(-1), pred.abs().sigmoid().mean(-1), none
+
+def _times_kept(kept, loss):
+    "How often each item was kept, from its place in its batch, or from what tells how often already"
+    if kept[0].is_floating_point(): return torch.cat(kept)
+    at = torch.cat([o+i for o,i in zip(kept, itertools.accumulate(map(len, loss), initial=0))])
+    return torch.zeros(sum(map(len, loss)), device=at.device).index_add_(0, at, torch.ones(len(at), device=at.device))
+
 class Sightings:
-    "Collect what the batches of an epoch show of their items, without an operation on the device until a few hundred are folded into one"
+    "Set aside what the batches of an epoch show, without an operation on the device, and work it out for many of them at once"
     names = ('idx','repeated','kept','loss','prob','vote','as_given','agree','conf','given')
     dtypes = (torch.long,torch.bool,torch.float,torch.float,torch.float,torch.long,torch.bool,torch.bool,torch.float,torch.long)
-    every = 256 # Batches that are folded into one
-    def __init__(self): self.batches,self.folded = [],[]
+    limit = 2**20 # Numbers that are set aside before they are worked out
+    def __init__(self): self.batches,self.folded,self.held,self.pos,self.repeated = [],[],0,None,None
 
-    def add(self, n, *cols):
-        self.batches.append((n, *cols))
-        if len(self.batches) == self.every: self.fold()
+    def order(self,
+        pos, # Positions in the training set of the epoch's items, in their order, or `None` if the loader does not tell
+        repeated # Which of them fill up another process's share, bool; `None` for none
+    ): self.pos,self.repeated = pos,repeated
+
+    def add(self,
+        at:int, # Place of the batch's first item in the epoch
+        n:int, # Items that the loader gave
+        pruned, # Places of those that the rest is of, shape (m,); `None` for all, m = n
+        kept:Tensor, # Places of the kept among these, or how often each was kept, shape (m,), float
+        loss:Tensor, # Loss of each, shape (m,)
+        logits:Tensor, # Shape (k, m, C)
+        pred:Tensor, # Shape (m, C)
+        targ:Tensor # Shape (m,) or (m, C)
+    ):
+        self.batches.append((at, n, pruned, kept, loss, logits, pred, targ))
+        self.held += logits.numel()+pred.numel()
+        if self.held >= self.limit: self.fold()
 
     def fold(self):
-        ns,idx,repeated,kept,*rest = zip(*self.batches)
-        device,total = rest[0][0].device,sum(ns)
-        zeros = lambda dtype: torch.zeros(total, dtype=dtype, device=device)
-        if kept[0].is_floating_point(): times = torch.cat(kept)
-        else:
-            at = torch.cat([o+i for o,i in zip(kept, itertools.accumulate(ns, initial=0))])
-            times = zeros(torch.float).index_add_(0, at, torch.ones(len(at), device=device))
-        self.folded.append((zeros(torch.long) if idx[0] is None else torch.cat(idx), zeros(torch.bool) if repeated[0] is None else torch.cat(repeated),
-                            times, *(torch.cat(o) for o in rest)))
-        self.batches = []
+        "Work out the columns of what was set aside; no loss was computed of items that were pruned"
+        ats,ns,pruned,kept,loss,*beliefs = zip(*self.batches)
+        device,total = loss[0].device,sum(ns)
+        of_epoch = lambda o, dtype: torch.zeros(total, dtype=dtype, device=device) if o is None else torch.cat([o[at:at+n] for at,n in zip(ats, ns)])
+        cols = _times_kept(kept, loss), torch.cat(loss).nan_to_num(torch.inf, torch.inf, torch.inf), *what_is_seen(*(torch.cat(o, dim) for o,dim in zip(beliefs, (1,0,0))))
+        if any(o is not None for o in pruned):
+            at = torch.cat([torch.arange(i, i+n, device=device) if o is None else o+i for o,n,i in zip(pruned, ns, itertools.accumulate(ns, initial=0))])
+            cols = [o.new_full((total,), torch.nan if name == 'loss' else 0).index_copy_(0, at, o) for name,o in zip(self.names[2:], cols)]
+        self.folded.append((of_epoch(self.pos, torch.long), of_epoch(self.repeated, torch.bool), *cols))
+        self.batches,self.held = [],0
 
     def columns(self,
         device # Where an epoch without a batch puts its empty columns
@@ -508,11 +541,14 @@ class PeersCallback(ColumnsCallback):
                              "pass forget_rate, your guess of the share of wrong labels, such as JoCorCallback(forget_rate=0.2)")
 
     def _after_update(self, seen, idx):
-        "Keep the figures of the watched items, and estimate τ when the warm-up ends"
+        "Keep the figures of the watched items, and estimate τ when the warm-up ends; where nothing can be told yet, again after each epoch in which the forget rate would rise"
         if len(self.watch): self.watched += _rows_of(seen, idx, self.watch, self.before+self.epoch)
-        if not self.estimates or self.estimate is not None or self.before+self.epoch+1 < self.warm_up: return
+        done = self.before+self.epoch+1
+        if not self.estimates or self.estimate is not None or done < self.warm_up: return
         est = estimate_noise(self.items, self.n_classes)
-        self.estimate = est if self.world == 1 else _from_rank0(est)
+        if self.world > 1: est = _from_rank0(est)
+        if not (est.trusted or est.rate) and done < self.gradual: return
+        self.estimate = est
         self.tau,self.schedule = self.estimate.rate,None
         self.schedule = self._rates()
         if not self.estimate.trusted: warnings.warn(f"epoch {self.epoch}: {self.estimate}")
@@ -592,6 +628,7 @@ class PeersCallback(ColumnsCallback):
         if self.items is not None and idxs is not None: self.pos = torch.as_tensor(idxs, device=self.device)
         if self.world > 1 and idxs is not None and dl.n_padded > dl.n:
             self.repeated = torch.arange(len(idxs), device=self.device) + dl.rank*dl.n_padded//dl.world_size >= dl.n
+        self.sightings.order(self.pos, self.repeated)
 
     def _replace_non_finite(self):
         "Put zeros in the place of items that hold a NaN or an infinity, which would spoil the sums of the others"
@@ -633,30 +670,9 @@ class PeersCallback(ColumnsCallback):
         "The peers' mean probability, as `Peers.mean` gives it, from the log-probabilities at hand"
         return self.peers.mean(logits) if self.multi_label else self.log_probs.detach().logsumexp(0) - math.log(len(logits))
 
-    @torch.no_grad()
     def _record(self, logits, pred, targ, kept, losses):
-        "Note what is seen of each item of the batch"
-        if self.multi_label:
-            best,vote = logits > 0,torch.full_like(targ[:,0], -1, dtype=torch.long)
-            as_given,prob = ((pred > 0) == targ.bool()).all(-1),torch.where(targ.bool(), pred, -pred).sigmoid().mean(-1)
-            agree = (best == best[0]).all(0).all(-1)
-            conf,given = pred.abs().sigmoid().mean(-1),vote
-        else:
-            best,(conf,vote) = logits.argmax(-1),pred.max(-1)
-            given,conf = targ.long(),conf.exp()
-            as_given,prob = vote == given,pred.gather(-1, given[:,None])[:,0].exp()
-            agree = (best == best[0]).all(0)
-        losses = losses.detach().nan_to_num(torch.inf, torch.inf, torch.inf)
-        repeated = None if self.repeated is None else self.repeated[self.at:self.at+self.n]
-        seen = (kept, losses, prob, vote, as_given, agree, conf, given)
-        if len(losses) < self.n: seen = self._spread(*seen)
-        self.sightings.add(self.n, self.batch_idxs, repeated, *seen)
-
-    def _spread(self, kept, losses, *cols):
-        "What was seen of the items that are left, as columns of the whole batch: the others were given, but no loss was computed"
-        times = torch.zeros_like(losses).index_add_(0, kept, torch.ones_like(losses))
-        whole = lambda o, fill: o.new_full((self.n,), fill).index_copy_(0, self.pruned, o)
-        return whole(times, 0), whole(losses, torch.nan), *(whole(o, 0) for o in cols)
+        "Set aside what is seen of each item of the batch"
+        self.sightings.add(self.at, self.n, self.pruned, kept, losses.detach(), logits, pred, targ)
 
     def before_step(self):
         "Where reading a value costs nothing, skip a step without a good item, or whose gradients are not finite"
@@ -686,9 +702,10 @@ class PeersCallback(ColumnsCallback):
 
     def _close_epoch(self, seen):
         "Enter what this epoch has seen into the ledger; gives its figures for the table"
-        if self.world > 1: seen = {name: gather_rows(o) for name,o in seen.items()}
-        seen,idx = {name: o[~seen['repeated']] for name,o in seen.items()},None
-        if self.pos is not None: idx = seen['idx']
+        if self.world > 1:
+            seen = {name: gather_rows(o) for name,o in seen.items()}
+            seen = {name: o[~seen['repeated']] for name,o in seen.items()}
+        idx = None if self.pos is None else seen['idx']
         scored,kept = ~seen['loss'].isnan().cpu(),seen['kept'].cpu().double()
         share = lambda a,b: float(a)/float(b) if b else float('nan')
         clean = None if self.flags is None or idx is None else self.flags[idx].cpu()

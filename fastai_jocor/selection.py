@@ -108,8 +108,9 @@ def _turns(idx):
     return torch.empty_like(idx).scatter_(0, order, torch.arange(len(s), device=s.device) - torch.searchsorted(s, s))
 
 class Ledger:
-    "Keep running figures of every training item, 48 bytes each, however long the training"
-    _ints,_floats = ('seen','scored','agreed','as_given','vote','lead','given'),('kept','loss','last_loss','prob','conf')
+    "Keep running figures of every training item, 52 bytes each, however long the training"
+    _ints,_floats = ('seen','scored','agreed','as_given','vote','lead','given'),('kept','loss','last_loss','recent_loss','prob','conf')
+    weight = .7 # Of the latest loss in `recent_loss`; what was there before keeps the rest
     def __init__(self,
         n:int, # Number of items
         device='cpu' # Where the figures are kept
@@ -117,7 +118,7 @@ class Ledger:
         self.n,self.device = n,torch.device(device)
         for name in self._ints:   setattr(self, name, torch.zeros(n, dtype=torch.int32, device=device))
         for name in self._floats: setattr(self, name, torch.zeros(n, device=device))
-        self.vote.fill_(-1); self.given.fill_(-1); self.last_loss.fill_(torch.nan)
+        self.vote.fill_(-1); self.given.fill_(-1); self.last_loss.fill_(torch.nan); self.recent_loss.fill_(torch.nan)
 
     @torch.no_grad()
     def update(self,
@@ -140,13 +141,18 @@ class Ledger:
         ok = loss.isfinite()
         for name,o in dict(scored=ok, agreed=agree & ok, as_given=as_given & ok).items(): getattr(self, name).index_add_(0, idx, o.int())
         for name,o in dict(loss=loss, prob=prob, conf=conf).items(): getattr(self, name).index_add_(0, idx, torch.where(ok, o, 0.).float())
-        turn = _turns(idx)
-        for t in range(int(turn.max())+1 if len(idx) else 0): self._latest(*(o[turn==t] for o in (idx,loss,vote.int(),ok)))
+        latest,times = (idx,loss,vote.int(),ok),int(idx.bincount().max()) if len(idx) else 0
+        if times == 1: self._latest(*latest)
+        else:
+            turn = _turns(idx)
+            for t in range(times): self._latest(*(o[turn==t] for o in latest))
 
     def _latest(self, idx, loss, vote, ok):
-        "Keep the last loss, and the label that most votes are for (majority vote of Boyer and Moore, 1991), each item once"
+        "Keep the last loss, a running mean in which late losses count most, and the label that most votes are for (majority vote of Boyer and Moore, 1991), each item once"
         self.last_loss[idx] = loss.float()
-        idx,vote = idx[ok],vote[ok]
+        idx,loss,vote = idx[ok],loss[ok].float(),vote[ok]
+        before = self.recent_loss[idx]
+        self.recent_loss[idx] = torch.where(before.isnan(), loss, before.lerp(loss, self.weight))
         old,lead = self.vote[idx],self.lead[idx]
         self.vote[idx] = torch.where(lead == 0, vote, old)
         self.lead[idx] = torch.where((lead == 0) | (vote == old), lead+1, lead-1)
@@ -157,7 +163,7 @@ class Ledger:
         f = {name: getattr(self, name).cpu().numpy() for name in (*self._ints, *self._floats)}
         with np.errstate(invalid='ignore', divide='ignore'):
             means = {name: f[o]/f['scored'] for name,o in dict(loss='loss', prob='prob', conf='conf', votes_given='as_given', agreement='agreed').items()}
-            return pd.DataFrame(dict(seen=f['seen'], kept=f['kept']/f['seen'], last_loss=f['last_loss'], given=f['given'], vote=f['vote'], stability=(1+f['lead']/f['scored'])/2, **means)).rename_axis('item')
+            return pd.DataFrame(dict(seen=f['seen'], kept=f['kept']/f['seen'], last_loss=f['last_loss'], recent_loss=f['recent_loss'], given=f['given'], vote=f['vote'], stability=(1+f['lead']/f['scored'])/2, **means)).rename_axis('item')
 
     def state(self):
         "All figures as a `dict` of tensors"
@@ -203,20 +209,23 @@ class NoiseEstimate:
     trusted:bool # Whether few enough votes are in doubt
     def __str__(self):
         if self.trusted: return f"{self.rate:.1%} of the labels look wrong"
-        return (f"the noise rate cannot be told from what the peers have learned so far: sure votes give {self.joint:.2f}, all votes less the {self.doubt:.0%} in doubt give {self.votes:.2f}, which is not to be trusted either; "
-                f"training goes on with the smaller, {self.rate:.2f}. Pass forget_rate, your guess of the share of wrong labels, or lengthen the warm-up with a larger num_gradual")
+        how = f'with the smaller, {self.rate:.2f}' if self.rate else 'without dropping any item'
+        return (f"the noise rate cannot be told from what the peers have learned so far: sure votes give {self.joint:.2f}, all votes less the {self.doubt:.0%} in doubt {self.votes:.2f}, and neither is to be trusted; "
+                f"training goes on {how}. Pass forget_rate, your guess of the share of wrong labels, or lengthen the warm-up with a larger num_gradual")
 
 def estimate_noise(
     ledger, # A `Ledger`, or its `frame()`
     n_classes:int, # Number of classes C, at least 2
-    max_doubt:float=0.2 # Largest share of votes in doubt with which the confident joint is trusted, in [0, 1]
+    max_doubt:float=0.2 # Largest share of votes in doubt with which the confident joint is trusted, in [0, 1]; with more than twice as many, nothing is
 )->NoiseEstimate: # The estimate, and what it was made of
-    "Estimate the share of wrong labels by the confident joint; where too many votes are in doubt, by the smaller of two estimates"
+    "Estimate the share of wrong labels by the confident joint; with more votes in doubt by the smaller of two estimates, and with most in doubt as 0"
     f = ledger.frame() if isinstance(ledger, Ledger) else ledger
     f = f[(f.given >= 0) & (f.vote >= 0) & f.prob.notna()]
     if len(f) == 0: return NoiseEstimate(0., 0., 0., 1., False)
     joint = 1-float(np.trace(confident_joint(f, n_classes)))
-    doubt = 1-float((f.agreement if (f.agreement < 1).any() else f.stability).mean())
+    single = (f.agreement == 1).all()
+    doubt = 1-float((f.stability if single else f.agreement).mean())
     votes = max(float((f.vote != f.given).mean())-doubt, 0.)
     trusted = doubt <= max_doubt
-    return NoiseEstimate(min(joint if trusted else min(joint, votes), .95), joint, votes, doubt, trusted)
+    rate = joint if trusted else 0. if single or doubt > 2*max_doubt else min(joint, votes)
+    return NoiseEstimate(min(rate, .95), joint, votes, doubt, trusted)

@@ -43,12 +43,13 @@ class Slow(Callback):
     def frame(self):
         rows = []
         for i in range(self.n):
-            s,cand,lead = self.seen[i],-1,0
+            s,cand,lead,recent = self.seen[i],-1,0,math.nan
             for o in s:
+                recent = o['loss'] if recent != recent else .3*recent + .7*o['loss']
                 if lead == 0: cand = o['vote']
                 lead += 1 if cand == o['vote'] else -1
             mean = lambda f: math.fsum(f(o) for o in s)/len(s) if s else math.nan
-            rows.append(dict(seen=len(s), kept=mean(lambda o: o['kept']), last_loss=s[-1]['loss'] if s else math.nan, given=s[-1]['given'] if s else -1, vote=cand, loss=mean(lambda o: o['loss']), prob=mean(lambda o: o['prob']),
+            rows.append(dict(seen=len(s), kept=mean(lambda o: o['kept']), last_loss=s[-1]['loss'] if s else math.nan, recent_loss=recent, given=s[-1]['given'] if s else -1, vote=cand, loss=mean(lambda o: o['loss']), prob=mean(lambda o: o['prob']),
                              conf=mean(lambda o: o['conf']), votes_given=mean(lambda o: o['vote']==o['given']), agreement=mean(lambda o: o['agree'])))
         return pd.DataFrame(rows)
 
@@ -62,8 +63,9 @@ def small_dls(how):
     train = WeightedDL(ds, wgts=np.arange(N)%3+.1, **kw) if how == 'weighted' else TfmdDL(ds, **kw)
     return DataLoaders(train, TfmdDL(ds, bs=64), device='cpu')
 
-@pytest.mark.parametrize('how', ('shuffled','weighted','drop_last','workers','bf16','accumulation','k1'))
+@pytest.mark.parametrize('how', ('shuffled','weighted','drop_last','workers','bf16','accumulation','k1','folds'))
 def test_the_ledger_is_exact(how, monkeypatch):
+    if how == 'folds': monkeypatch.setattr(Sightings, 'limit', 3*16*4*4)
     set_seed(1)
     learn = quiet(Learner(small_dls(how), nn.Sequential(nn.Linear(8,32), nn.ReLU(), nn.Linear(32,4)), loss_func=CrossEntropyLossFlat()))
     if how == 'bf16':
@@ -84,6 +86,42 @@ def test_the_ledger_is_exact(how, monkeypatch):
     pd.testing.assert_frame_equal(got[list(want)].reset_index(drop=True), want, check_dtype=False, check_names=False, rtol=1e-4, atol=2e-5)
     assert cb.items.state().keys() == {*Ledger._ints, *Ledger._floats} and sum(o.element_size() for o in cb.items.state().values()) < 100
 
+@given(seed=st.integers(0, 10**6), prune=st.booleans(), counts=st.booleans(), told=st.booleans(), multi=st.booleans(), limit=st.sampled_from([1, 60, 10**6]))
+def test_sightings_against_a_loop(seed, prune, counts, told, multi, limit):
+    "What is worked out for many batches at once, item by item in float64"
+    rs,k,C = np.random.RandomState(seed),3,4
+    s,want,offset,ns = Sightings(),[],0,rs.randint(1, 7, rs.randint(1, 6)).tolist()
+    s.limit = limit
+    pos,repeated = torch.as_tensor(rs.permutation(sum(ns))),torch.as_tensor(rs.rand(sum(ns)) < .3)
+    if told: s.order(pos, repeated)
+    for b,n in enumerate(ns):
+        m = int(rs.randint(1, n+1)) if prune and b%2 else n
+        pruned = None if m == n else torch.as_tensor(rs.permutation(n)[:m])
+        z,y = torch.as_tensor(rs.randn(k, m, C)),torch.as_tensor(rs.randint(0, 2, (m,C)).astype(float) if multi else rs.randint(0, C, m))
+        mean = z.sigmoid().mean(0) if multi else z.softmax(-1).mean(0)
+        loss = torch.as_tensor(rs.rand(m).astype(np.float32))
+        loss[rs.rand(m) < .1] = torch.nan
+        kept = rs.randint(0, 3, m) if counts else np.unique(rs.randint(0, m, m))
+        s.add(offset, n, pruned, torch.as_tensor(kept.astype(np.float32) if counts else kept), loss, z, mean.logit() if multi else mean.log(), y)
+        for i in range(n):
+            j = i if pruned is None else (pruned == i).nonzero().flatten().tolist()
+            j = j if pruned is None else j[0] if j else None
+            row = dict(idx=int(pos[offset+i]) if told else 0, repeated=bool(repeated[offset+i]) if told else False)
+            if j is None: want.append(row | dict(kept=0, loss=math.nan)); continue
+            own,p = z[:,j],mean[j]
+            row |= dict(kept=float(kept[j]) if counts else float(j in kept), loss=float(loss[j]) if loss[j].isfinite() else math.inf)
+            if multi:
+                right = [float(p[c]) if y[j,c] else 1-float(p[c]) for c in range(C)]
+                row |= dict(prob=sum(right)/C, conf=sum(max(float(o), 1-float(o)) for o in p)/C, vote=-1, given=-1, as_given=all(o > .5 for o in right), agree=all(((own[q] > 0) == (own[0] > 0)).all() for q in range(k)))
+            else: row |= dict(prob=float(p[y[j]]), conf=float(p.max()), vote=int(p.argmax()), given=int(y[j]), as_given=int(p.argmax()) == int(y[j]), agree=len({int(o.argmax()) for o in own}) == 1)
+            want.append(row)
+        offset += n
+    got = s.columns('cpu')
+    assert list(got) == list(Sightings.names) and (limit > 1 or len(s.folded) == b+1)
+    for i,row in enumerate(want):
+        for name,v in row.items(): np.testing.assert_allclose(float(got[name][i]), v, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert all(len(o) == offset for o in got.values())
+
 def test_the_ledger_by_name(trained):
     learn,cb = trained
     f,rec = cb.ledger,learn.dls.noise
@@ -100,14 +138,29 @@ def test_a_ledger_in_a_file(trained, tmp_path, ext):
     f = trained[1].ledger
     f.loc[5,['vote']] = None
     f.loc[6,['loss','prob']] = np.nan
-    if ext == 'parquet':
-        try: import pyarrow
-        except ImportError:
-            with pytest.raises(ImportError, match='needs pyarrow, which is not installed: pip install pyarrow'): save_ledger(f, tmp_path/'l.parquet')
-            return
+    if ext == 'parquet': pytest.importorskip('pyarrow')
     save_ledger(f, tmp_path/f'l.{ext}')
-    pd.testing.assert_frame_equal(load_ledger(tmp_path/f'l.{ext}'), f.assign(item=f['item'].astype(str)), check_dtype=False, check_exact=True)
+    got = load_ledger(tmp_path/f'l.{ext}')
+    pd.testing.assert_frame_equal(got, f.assign(item=f['item'].astype(str)), check_dtype=False, check_exact=True)
+    assert got.flipped.dtype == bool and got.seen.dtype.kind == 'i' and got.last_loss.dtype == np.float32
+    pd.testing.assert_frame_equal(rank_suspects(got), rank_suspects(f).assign(item=lambda s: s['item'].astype(str)), check_dtype=False)
     with pytest.raises(ValueError, match='must end in'): load_ledger(tmp_path/'l.txt')
+
+def test_parquet_as_others_write_and_read_it(trained, tmp_path):
+    pa,pq = pytest.importorskip('pyarrow'),pytest.importorskip('pyarrow.parquet')
+    f = trained[1].ledger
+    save_ledger(f, tmp_path/'l.parquet')
+    t = pq.read_table(tmp_path/'l.parquet')
+    assert t.num_rows == len(f) and t.column('item').to_pylist() == [str(o) for o in f['item']] and t.column('position').to_pylist() == list(range(len(f)))
+    assert t.schema.field('last_loss').type == pa.float32() and t.schema.field('flipped').type == pa.bool_()
+    (tmp_path/'broken.parquet').write_bytes(b'no parquet')
+    with pytest.raises(pa.ArrowInvalid): load_ledger(tmp_path/'broken.parquet')
+
+def test_parquet_without_pyarrow(trained, tmp_path, monkeypatch):
+    for o in ('pyarrow','fastparquet'): monkeypatch.setitem(sys.modules, o, None)
+    with pytest.raises(ImportError, match='needs pyarrow, which is not installed: pip install pyarrow'): save_ledger(trained[1].ledger, tmp_path/'l.parquet')
+    with pytest.raises(ImportError, match='needs pyarrow, which is not installed: pip install pyarrow'): load_ledger(tmp_path/'l.parquet')
+    assert not (tmp_path/'l.parquet').exists()
 
 # suspects
 
@@ -117,7 +170,7 @@ def test_suspects_are_those_that_stand_out(trained):
     least = {c: f.prob[f.given == c].mean() for c in set(f.given)}
     want = {i for i in f.index if f.vote[i] != f.given[i] and f.conf[i] >= least[f.vote[i]]}
     assert set(s.index) == want and len(want) > 200
-    for score,col in dict(loss=f.loss, last=f.last_loss, prob=1-f.prob, votes=1-f.votes_given, rejected=1-f.kept, margin=f.conf-f.prob).items():
+    for score,col in dict(loss=f.loss, last=f.last_loss, recent=f.recent_loss, prob=1-f.prob, votes=1-f.votes_given, rejected=1-f.kept, margin=f.conf-f.prob).items():
         r = rank_suspects(f, score=score)
         assert r.score.is_monotonic_decreasing and set(r.index) == want
         np.testing.assert_allclose(r.score, col[r.index])
@@ -226,23 +279,132 @@ def test_cleaned(pictures, how, kind):
 def test_cleaned_refuses(index, suggested, how, msg):
     with pytest.raises(ValueError, match=msg): cleaned(digits_dls(), pd.DataFrame(dict(suggested=suggested), index=list(index)), how)
 
-def test_cleaner_ranks_by_suspicion(pictures):
+@pytest.fixture(scope='module')
+def trained_on_files(tmp_path_factory):
+    "A learner on image files that was trained under wrong labels, and its callback"
     set_seed(0)
-    learn = quiet(Learner(list(all_dls(pictures))[1][1], jocor_mlp(3, 192), opt_func=fast_adam))
-    cb = JoCorCallback(k=2)
-    learn.fit_one_cycle(6, 1e-2, cbs=cb)
+    block = DataBlock((ImageBlock, NoisyCategoryBlock('symmetric:0.3')), get_items=get_image_files, get_y=parent_label, splitter=RandomSplitter(.25, seed=0))
+    learn,cb = quiet(Learner(block.dataloaders(digit_files(tmp_path_factory.mktemp('files'), 10**4), bs=16, num_workers=0), jocor_mlp(3, 192), opt_func=fast_adam)),JoCorCallback(k=2)
+    learn.fit_one_cycle(8, 1e-2, cbs=cb)
+    return learn,cb
+
+def test_cleaner_ranks_suspects_first(trained_on_files):
+    learn,cb = trained_on_files
+    f,s = cb.ledger,cb.suspects(score='loss')
     feed = SuspectsLearner(learn, cb, 'loss')
-    dl = feed.dls[0].new(shuffle=False, drop_last=False)
-    _,targs,_,scores = feed.get_preds(dl=dl, with_input=False, with_loss=True, with_decoded=True)
-    assert targs.tolist() == learn.dls.noise.noisy.tolist() and scores.argmax() == cb.ledger.loss.argmax()
+    _,targs,_,scores = feed.get_preds(dl=feed.dls[0].new(shuffle=False, drop_last=False), with_input=False, with_loss=True, with_decoded=True)
+    order = np.argsort(-scores.numpy(), kind='stable')
+    assert targs.tolist() == learn.dls.noise.noisy.tolist() and order[:len(s)].tolist() == s.index.tolist() and 20 < len(s) < len(f)
+    rest = f.loss[order[len(s):]]
+    assert rest.is_monotonic_decreasing and rest.iloc[0] > s.score.min()
     assert len(feed.get_preds(dl=feed.dls[1].new(shuffle=False, drop_last=False), with_input=False, with_loss=True, with_decoded=True)) == 4
-    try: import ipywidgets
-    except ImportError:
-        with pytest.raises(ImportError, match='ipywidgets'): cb.cleaner(learn)
-        return
-    w = cb.cleaner(learn, 'loss')
-    i = cb.ledger.loss[cb.ledger.given == w.dd_cats.value].idxmax()
-    assert str(w.iw.fns[0]) == cb.ledger['item'][i]
+
+def test_the_cleaner_of_fastai(trained_on_files, monkeypatch, capsys):
+    "The real widget, driven as its dropdowns drive it"
+    pytest.importorskip('ipywidgets')
+    import fastai.vision.widgets, IPython.display
+    from fastai.vision.widgets import ImageClassifierCleaner
+    monkeypatch.setattr(fastai.vision.widgets, 'display', IPython.display.display, raising=False)
+    learn,cb = trained_on_files
+    w,s = cb.cleaner(learn, max_n=12),cb.suspects()
+    assert isinstance(w, ImageClassifierCleaner) and list(w.dd_cats.options) == list(learn.dls.vocab)
+    for c in learn.dls.vocab:
+        w.dd_cats.value = c
+        own = s[s.given == c]
+        n = min(len(own), 12)
+        assert n > 3 and [str(o) for o in w.iw.fns[:n]] == own['item'].tolist()[:n]
+        assert len(w.iw.widget.children) == len(w.iw.fns) and len(w.delete()) == 0 and len(w.change()) == 0
+    choose = lambda i,v: setattr(w.iw.widget.children[i].children[1], 'value', v)
+    other = own.suggested.iloc[2]
+    choose(0, '<Delete>'); choose(2, other); choose(3, '<Delete>')
+    assert list(w.delete()) == [0,3] and list(w.change()) == [(2,other)]
+    assert [str(w.fns[i]) for i in w.delete()] == own['item'].iloc[[0,3]].tolist()
+    w.dd_ds.value = 'Valid'
+    assert {str(o) for o in w.iw.fns} <= {str(o) for o in learn.dls.valid_ds.items}
+
+def test_cleaner_without_ipywidgets(trained_on_files, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'fastai.vision.widgets', None)
+    with pytest.raises(ImportError, match='pip install ipywidgets'): trained_on_files[1].cleaner(trained_on_files[0])
+
+# data without suspects, in a table
+
+def wine(noise=None, **kwargs):
+    "A real table: chemistry of 178 wines of three growers, one column as a category"
+    from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularPandas
+    from sklearn.datasets import load_wine
+    d = load_wine(as_frame=True)
+    hue,names = pd.cut(d.data.hue, 3, labels=['pale','mid','deep']).astype(str),[o for o in d.data if o != 'hue']
+    df = d.data[names].assign(shade=hue, grower=[f'grower {t}' for t in d.target]).set_axis(range(1000, 1000+len(d.data)))
+    df.loc[1005,'ash'] = np.nan
+    return df,TabularPandas(df, [Categorify,FillMissing,Normalize], ['shade'], names, 'grower', y_block=NoisyCategoryBlock(noise) if noise else CategoryBlock(), splits=RandomSplitter(.25, seed=0)(df), **kwargs)
+
+@pytest.mark.parametrize('noise', (None,'symmetric:0.3'))
+@pytest.mark.parametrize('how', ('drop','relabel'))
+def test_cleaned_table(how, noise, tmp_path):
+    from fastai.tabular.all import load_learner, tabular_learner
+    df,to = wine(noise)
+    dls = to.dataloaders(bs=16, path=tmp_path, num_workers=0)
+    ds,vocab = dls.train_ds,list(dls.vocab)
+    given,before = ds.y.tolist(),ds.items.copy()
+    pos = [0,7,len(ds)-1]
+    s = pd.DataFrame(dict(suggested=[vocab[(given[i]+1)%3] for i in pos]), index=pos)
+    new = cleaned(dls, s, how)
+    left = [i for i in range(len(ds)) if how == 'relabel' or i not in pos]
+    want = [vocab.index(s.suggested[i]) if i in pos else given[i] for i in left]
+    b = list(zip(*new.train.new(shuffle=False, drop_last=False)))
+    old = list(zip(*dls.train.new(shuffle=False, drop_last=False)))
+    assert torch.cat(b[2]).flatten().tolist() == want and torch.cat(old[2]).flatten().tolist() == given
+    for i in range(2): assert torch.equal(torch.cat(b[i]), torch.cat(old[i])[left])
+    assert new.train_ds.items.index.tolist() == ds.items.index[left].tolist() and list(new.vocab) == vocab and new.valid_ds is dls.valid_ds and type(new) is type(dls)
+    pd.testing.assert_frame_equal(ds.items, before)
+    rec,was = getattr(new, 'noise', None),getattr(dls, 'noise', None)
+    assert (rec is None) == (was is None) == (noise is None)
+    if noise: assert rec.noisy.tolist() == want and rec.true.tolist() == was.true[left].tolist() and list(rec.keys) == [was.keys[i] for i in left] and len(was) == len(ds)
+    learn,cb = quiet(tabular_learner(new, layers=[30], metrics=accuracy, path=tmp_path)),JoCorCallback(k=2, forget_rate=.1)
+    learn.fit(3, 1e-3, cbs=cb)
+    seen = cb.ledger[cb.ledger.seen > 0]
+    assert cb.ledger['item'].tolist() == ds.items.index[left].tolist() and seen.given.tolist() == [vocab[want[i]] for i in seen.index]
+    p = learn.get_preds(dl=learn.dls.test_dl(df[:20]))[0]
+    learn.export()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        loaded = load_learner(tmp_path/'export.pkl')
+        loaded.remove_cb(ProgressCallback)
+    assert torch.equal(loaded.get_preds(dl=loaded.dls.test_dl(df[:20]))[0], p)
+    again = cleaned(new, s[:0])
+    assert again.train_ds.y.tolist() == want
+
+def test_an_audit_of_a_table():
+    "From wrong labels in a table to a better table"
+    from fastai.tabular.all import tabular_learner
+    set_seed(0)
+    dls = wine('symmetric:0.25')[1].dataloaders(bs=16)
+    learn,cb = quiet(tabular_learner(dls, layers=[50], metrics=accuracy)),JoCorCallback(k=3, forget_rate='auto')
+    learn.fit_one_cycle(20, 1e-2, cbs=cb)
+    s,rec = cb.suspects(),dls.noise
+    assert cb.ledger['item'].tolist() == dls.train_ds.items.index.tolist() and len(s) > 15 and s.flipped.mean() > .7
+    ax = cb.plot_suspects(2)[0]
+    assert 'shade: ' in ax.texts[0].get_text() and ax.get_title() == f'{s.given.iloc[0]} → {s.suggested.iloc[0]}'
+    plt.close('all')
+    dropped,relabelled = cleaned(dls, s),cleaned(dls, s, 'relabel')
+    assert len(dropped.train_ds) == len(rec)-len(s) and dropped.noise.rate < rec.rate/2 and relabelled.noise.rate < rec.rate/2
+    second = quiet(tabular_learner(dropped, layers=[50], metrics=accuracy))
+    second.fit_one_cycle(20, 1e-2)
+    assert second.validate()[1] > .9
+
+def test_weights_stay_with_their_items(pictures):
+    block = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=RandomSplitter(.25, seed=0))
+    n = len(get_image_files(pictures))
+    dls = block.weighted_dataloaders(pictures, np.arange(1, n+1), bs=16, num_workers=0)
+    new = cleaned(dls, pd.DataFrame(dict(suggested='c0'), index=[2,5]))
+    left = np.setdiff1d(np.arange(len(dls.train_ds)), [2,5])
+    np.testing.assert_allclose(new.train.wgts, dls.train.wgts[left]/dls.train.wgts[left].sum())
+
+def test_cleaned_refuses_what_has_no_class():
+    from fastai.tabular.all import TabularPandas
+    df = pd.DataFrame(dict(x=np.arange(20.), y=np.arange(20.), z=np.arange(20.)))
+    dls = TabularPandas(df, [], [], ['x'], 'y', splits=(list(range(15)),list(range(15,20)))).dataloaders(bs=4)
+    with pytest.raises(ValueError, match='one class'): cleaned(dls, pd.DataFrame(dict(suggested=['1']), index=[0]))
 
 # the noise rate
 
@@ -302,9 +464,45 @@ def test_an_estimate_that_is_not_to_be_trusted(recwarn):
     dls = InMemoryDataLoaders.from_arrays(x, np.arange(320)%10, bs=32)
     cb,learn = JoCorCallback(k=3),quiet(Learner(dls, jocor_mlp(10, 64), opt_func=fast_adam))
     learn.fit(8, 1e-3, cbs=cb)
-    told = [str(w.message) for w in recwarn if 'not to be trusted' in str(w.message)]
+    told = [str(w.message) for w in recwarn if 'cannot be told' in str(w.message)]
     assert len(told) == 1 and not cb.estimate.trusted and 'forget_rate' in told[0] and cb.estimate.rate < cb.estimate.joint
+    assert (cb.warm_up,cb.gradual) == (2,4) and cb.history.noise_rate.isna().tolist() == [True]*3+[False]*5
     assert cb.history.forget_rate.max() == cb.estimate.rate
+
+@pytest.mark.parametrize('told_at,trusted', ((1,True),(1,False),(2,True),(3,False),(None,False)))
+def test_an_estimate_waits_as_long_as_the_rate_would_rise(monkeypatch, told_at, trusted):
+    import fastai_jocor.callback as m
+    calls = []
+    def estimates(items, n_classes):
+        calls.append(items.frame().seen.max())
+        return NoiseEstimate(.1*len(calls) if len(calls) == told_at else 0., .5, .4, .3, trusted and len(calls) == told_at)
+    monkeypatch.setattr(m, 'estimate_noise', estimates)
+    cb,learn = JoCorCallback(k=2, forget_rate='auto', num_gradual=5),digits()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        learn.fit(4, 1e-3, cbs=cb)
+        learn.fit(4, 1e-3, cbs=cb)
+    told,at,rate = [w for w in told if 'cannot be told' in str(w.message)],told_at or 3,.1*(told_at or 0)
+    assert calls == list(range(3, 3+at)) and cb.estimate.rate == pytest.approx(rate) and len(told) == (not trusted)
+    h = cb.history
+    assert h.noise_rate.isna().tolist() == [True]*(at+1) + [False]*(7-at) and (h.forget_rate[:at+2] == 0).all()
+    assert h.forget_rate[at+2:].tolist() == pytest.approx(forget_schedule(rate, 8, 5)[at+2:])
+
+@given(seed=st.integers(0, 200), single=st.booleans(), level=st.floats(0, 1))
+def test_the_rate_where_votes_are_in_doubt(seed, single, level):
+    rs = np.random.RandomState(seed)
+    n,c = 200,4
+    given,vote = rs.randint(0, c, n),rs.randint(0, c, n)
+    vote = np.where(rs.rand(n) < .7, given, vote)
+    doubts = rs.rand(n)*level
+    f = pd.DataFrame(dict(given=given, vote=vote, prob=rs.rand(n)*.4, conf=rs.uniform(.4, 1, n), agreement=1. if single else 1-doubts, stability=1-doubts))
+    if (doubts == 0).all(): return
+    est,joint = estimate_noise(f, c),1-np.trace(confident_joint(f, c))
+    doubt = math.fsum(doubts)/n
+    votes = max(sum(int(a != b) for a,b in zip(vote, given))/n - doubt, 0)
+    want = joint if doubt <= .2 else 0 if single or doubt > .4 else min(joint, votes)
+    assert est.rate == pytest.approx(min(want, .95)) and est.trusted == (doubt <= .2) and est.doubt == pytest.approx(doubt) and est.votes == pytest.approx(votes)
+    if not est.trusted: assert ('without dropping any item' in str(est)) == (est.rate == 0) and 'Pass forget_rate' in str(est)
 
 def test_data_that_do_not_tell():
     x,y = torch.randn(96,8),torch.randint(0,4,(96,))
@@ -421,6 +619,14 @@ def test_bad_input(tmp_path, make, msg):
     with pytest.raises(SystemExit, match=msg): run_audit(make(tmp_path), out=str(tmp_path/'out'))
     assert not (tmp_path/'out').exists()
 
+def test_messages_name_options_that_there_are(tmp_path):
+    import re
+    from fastcore.script import anno_parser
+    known = anno_parser(jocor_audit.__wrapped__).format_help()
+    with pytest.raises(ValueError) as e: read_labels(csv_of(tmp_path, 'image,label\na.png,x\n'))
+    named = re.findall('--[a-z_-]+', str(e.value))
+    assert len(named) == 2 and all(o in known for o in named)
+
 def csv_of(d, text):
     (d/'labels.csv').write_text(text)
     return d/'labels.csv'
@@ -472,3 +678,18 @@ def test_the_page_in_a_browser(tmp_path):
     assert list(r) == ['position','item','given','suggested','decision'] and sorted(r.decision) == ['drop','relabel']
     for o in r.itertuples(): assert (o.item, o.given, o.suggested) == tuple(s.loc[int(o.position), ['item','given','suggested']])
     assert '://' not in (tmp_path/'suspects.html').read_text(encoding='utf-8')
+
+@pytest.mark.skipif(BROWSER is None or os.name != 'posix', reason='Chromium is not installed')
+def test_the_page_fits_the_screen(tmp_path):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'tools'))
+    import website
+    long = 'a_name_without_a_place_to_break_it_'*6
+    s = pd.DataFrame(dict(item=[f'{i}{long}.png' for i in range(90)], given=[long, 'cat', 'dog']*30, suggested=['dog', long, 'cat']*30, score=np.arange(90.), evidence='9 of 10 votes against it'))
+    audit_page(s, tmp_path/'suspects.html', bad=[f'{long}.png'], note=long*2, pictures=['', 'data:image/gif;base64,R0lGODlhAQABAIAAAP///wAAACwAAAAAAQABAAACAkQBADs=','']*30)
+    chrome = website.Chrome(BROWSER, tmp_path/'profile')
+    try:
+        chrome.open()
+        for width,dark in ((390,False), (1280,False), (1280,True)):
+            messages,wide,_ = chrome.visit((tmp_path/'suspects.html').as_uri(), width, dark)
+            assert messages == [] and wide <= width
+    finally: chrome.close()

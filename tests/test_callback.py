@@ -175,7 +175,7 @@ def test_the_step_does_not_synchronise(k, kw, monkeypatch):
             try: return f(*args)
             finally: both.__exit__(None,None,None)
         def prune_batch(self): self.guarded_call(super().prune_batch)
-    monkeypatch.setattr(Sightings, 'every', 4)
+    monkeypatch.setattr(Sightings, 'limit', 2000)
     learn,loose = digits(),digits()
     learn.fit(2, 1e-3, cbs=Strict(k=k, seed=1, **kw))
     assert torch.ops.aten.topk.default in seen and torch.ops.aten._log_softmax.default in seen and torch.ops.aten.cat.default in seen
