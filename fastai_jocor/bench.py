@@ -12,7 +12,7 @@ __all__ = ['methods', 'PeerAccuracy', 'PaperSchedule', 'PlainTable', 'Method', '
            'jocor_demo']
 
 # %% ../nbs/07_bench.ipynb #dc9e6635
-import difflib, itertools, json, os, platform, sys, threading, time, yaml, numpy as np, pandas as pd, torch
+import difflib, gc, itertools, json, os, platform, sys, threading, time, yaml, numpy as np, pandas as pd, torch
 import matplotlib.pyplot as plt
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, asdict, field, fields, replace
@@ -455,6 +455,7 @@ def _run_cell(cfg, method, out, path):
             if not finished(d, cfg): run(cfg, d, path, verbose=False, extras=False, resume=True)
     except Timeout: return None
     except Exception as e: return f'{type(e).__name__}: {e}'
+    finally: gc.collect()
 
 def holder(
     d:Path # Folder of a run

@@ -303,6 +303,14 @@ def test_every_method_goes_on_from_its_checkpoint(method, tmp_path, monkeypatch)
     assert torch.load(tmp_path/'checkpoint.pth', weights_only=True)['epoch'] == 3
     pd.testing.assert_frame_equal(run(cfg, tmp_path, verbose=False, extras=False, resume=True)[1], run(cfg, verbose=False)[1])
 
+def test_a_run_leaves_nothing_in_memory(tmp_path, monkeypatch):
+    "A learner holds its data in a circle of references, so that a worker that does many runs would fill up"
+    import weakref
+    learners,make = [],bench.run_learner
+    monkeypatch.setattr(bench, 'run_learner', lambda *args: (learn := make(*args), learners.append(weakref.ref(learn)))[0])
+    assert bench._run_cell(RunConfig(epochs=1), methods['jocor'], tmp_path, None) is None
+    assert len(learners) == 1 and learners[0]() is None
+
 def test_progress_line(tmp_path):
     import io
     cfgs = [RunConfig(epochs=2, k=k) for k in (1,3)]
