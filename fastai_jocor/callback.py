@@ -24,7 +24,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.layers import NoneReduce
 from fastai.torch_core import get_random_states, set_random_states
 from .losses import peer_log_probs, joint_loss, joint_loss_multi, check_contrast, check_co_lambda, check_number
-from .selection import check_forget_rate, default_num_gradual, forget_schedule, keep_count, select_small, select_small_global, Ledger, NoiseEstimate, estimate_noise
+from .selection import check_forget_rate, default_num_gradual, forget_schedule, keep_count, select_small, select_small_global, class_quantiles, Ledger, NoiseEstimate, estimate_noise
 from .peers import Peers, PeerSplitter, make_peers, check_k, check_seed
 
 # %% ../nbs/05_callback.ipynb #79a2ea09
@@ -769,20 +769,36 @@ class JoCorCallback(PeersCallback):
         exponent:float=1., # Exponent c > 0: the rise ends at τ**c
         prune:str=None, # Do not compute what selection throws away: `exact` selects by a forward pass without gradients, `approx` by the losses of earlier epochs; `None` computes all
         refresh:int=5, # Every how many epochs `prune='approx'` computes the losses of all items, at least 1
+        balance:float=0., # How far selection makes up for classes that have fallen behind, in [0, 1]: it compares losses less so much of `class_quantiles` of their label; 0 compares the losses themselves
         **kwargs # `models`, `init`, `seed`, `restart`, `select`, `watch`: see `PeersCallback`
     ):
         super().__init__(k, forget_rate, num_gradual, exponent, **kwargs)
         if prune not in (None,'exact','approx'): raise ValueError(f"prune={prune!r} must be None, 'exact' or 'approx'")
         check_number('refresh', refresh, lambda v: isinstance(v, Integral) and v >= 1, 'be an integer of at least 1: the epochs from one computation of all losses to the next')
+        check_number('balance', balance, lambda v: 0 <= v <= 1, 'lie in [0, 1]: how far selection makes up for classes that have fallen behind')
         if prune: self.companions.append(PruneBatch(self))
-        self.co_lambda,self.contrast,self.prune,self.refresh = check_co_lambda(co_lambda),check_contrast(contrast),prune,refresh
+        self.co_lambda,self.contrast,self.prune,self.refresh,self.balance,self.behind = check_co_lambda(co_lambda),check_contrast(contrast),prune,refresh,balance,None
 
     def batch_loss(self, logits, targ, rate):
         loss_func,known = (joint_loss_multi,{}) if self.multi_label else (joint_loss,dict(log_probs=self.log_probs))
-        return self.keep_small(loss_func(logits, targ, self.co_lambda, self.contrast, self.item_loss, **known), rate)
+        losses = loss_func(logits, targ, self.co_lambda, self.contrast, self.item_loss, **known)
+        return self.keep_small(losses, rate, None if self.behind is None else self._less_behind(losses.detach(), targ))
+
+    def _less_behind(self, losses, targ): return losses - self.behind[targ].to(losses.dtype)
+
+    def _find_behind(self):
+        "How far each class has fallen behind, shape (C,), by what the ledger holds; `None` as long as it holds no loss, or τ is not known"
+        self.behind,n_classes = None,vars(self).get('n_classes')
+        if not self.balance or None in (self.tau, self.items, n_classes) or not self.items.scored.any(): return
+        self.behind = self.balance*class_quantiles(self.items.last_loss, self.items.given, n_classes, (1-self.tau)/2)
+
+    def before_train(self):
+        super().before_train()
+        self._find_behind()
 
     def _check_fit(self):
         super()._check_fit()
+        if self.balance and (self.multi_label or not self.tells): raise ValueError(f"balance={self.balance!r} compares the losses of items with the same label, which needs one class an item and a fastai loader that tells which items it gives: pass balance=0")
         if not self.prune: return
         if self.accumulates: raise ValueError(f"prune={self.prune!r} changes the number of items in a batch, which GradientAccumulation counts: train without one of them")
         if self.world > 1 and self.select == 'global': raise ValueError(f"prune={self.prune!r} cuts each process's batch down to one size, which select='global' does not give: pass select='local'")
@@ -810,5 +826,6 @@ class JoCorCallback(PeersCallback):
     def _select_as_before(self):
         "Select by the loss that each item had when it was last computed; an item without one is kept"
         last = self.items.last_loss[self.batch_idxs]
+        if self.behind is not None: last = self._less_behind(last, _column(_plain(self.yb[0])))
         last = torch.where(last.isnan(), torch.finfo(last.dtype).min, last)
         return select_small(last if self.bad is None else last.masked_fill(self.bad, torch.inf), self.rate)

@@ -6,8 +6,8 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/selection.html.md"""
 
 # %% auto #0
 __all__ = ['check_forget_rate', 'default_num_gradual', 'forget_schedule', 'keep_count', 'select_small', 'select_small_global',
-           'selection_counts', 'label_precision', 'label_recall', 'Ledger', 'confident_joint', 'transition_of',
-           'NoiseEstimate', 'estimate_noise']
+           'selection_counts', 'label_precision', 'label_recall', 'Ledger', 'class_quantiles', 'confident_joint',
+           'transition_of', 'NoiseEstimate', 'estimate_noise']
 
 # %% ../nbs/01_selection.ipynb #1bbc6282
 import numpy as np, torch
@@ -173,6 +173,25 @@ class Ledger:
         "Take over figures of `state()`"
         for name,o in state.items(): setattr(self, name, o.to(self.device).clone())
         return self
+
+# %% ../nbs/01_selection.ipynb #8aafb3c7
+def class_quantiles(
+    loss:Tensor, # Loss per item, shape (N,); items whose loss is not finite are left out
+    targ:Tensor, # Given label of each, shape (N,), integers in [0, C); items with -1 are left out
+    n_classes:int, # Number of classes C, at least 1
+    q:float # Share of a label's items that lie below, in [0, 1]
+)->Tensor: # Shape (C,), like `loss`; 0 for a label without items
+    "Find, for each given label, the loss below which a share of its items lies"
+    check_number('q', q, lambda v: 0 <= v <= 1, 'lie in [0, 1]: the share of items below the quantile')
+    ok = loss.isfinite() & (targ >= 0)
+    loss,targ = loss[ok],targ[ok]
+    res = loss.new_zeros(n_classes)
+    if not len(loss): return res
+    order = loss.argsort()
+    order = order[targ[order].argsort(stable=True)]
+    n = targ.bincount(minlength=n_classes)
+    at = n.cumsum(0)-n + (q*(n-1)).long()
+    return torch.where(n > 0, loss[order][at.clamp(max=len(loss)-1)], res)
 
 # %% ../nbs/01_selection.ipynb #862fc109
 def confident_joint(

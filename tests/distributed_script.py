@@ -37,7 +37,7 @@ def main(out, select, n, method='JoCorCallback'):
     learn.logger = noop
     cb = globals()[method](k=3, select=select, num_gradual=0)
     keep,sights = Keep(cb),Sights()
-    auto = JoCorCallback(k=3, select=select, num_gradual=0, forget_rate='auto')
+    auto = JoCorCallback(k=3, select=select, num_gradual=0, forget_rate='auto', balance=.5)
     with learn.distrib_ctx(sync_bn=False):
         learn.remove_cb(learn.progress) if hasattr(learn,'progress') else None
         learn.fit(1, 0., cbs=JoCorCallback(k=3, num_gradual=0))
@@ -50,6 +50,6 @@ def main(out, select, n, method='JoCorCallback'):
         callback.estimate_noise = lambda *args: replace(own(*args), rate=.1+.2*rank_distrib())
         learn.fit(3, 1e-3, cbs=auto)
     torch.save(dict(start=start, final=final, batches=keep.batches, history=cb.history.to_dict('list'), valid=list(valid), n=len(dls.train_ds), idxs=None,
-        seen=sights.seen, items=cb.items.frame(), estimate=auto.estimate, rates=auto.history.forget_rate.tolist()), Path(out)/f'rank{rank_distrib()}.pt')
+        seen=sights.seen, items=cb.items.frame(), estimate=auto.estimate, behind=auto.behind, rates=auto.history.forget_rate.tolist()), Path(out)/f'rank{rank_distrib()}.pt')
 
 if __name__ == '__main__': main(sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:])

@@ -22,7 +22,7 @@ def learner(path, opt, seed):
 def train(path, opt, start=0):
     torch.set_num_threads(1)
     learn = learner(path, opt, 3 if start == 0 else 1000+start)
-    cb = JoCorCallback(k=3, forget_rate='auto', num_gradual=8, watch=[5,50])
+    cb = JoCorCallback(k=3, forget_rate='auto', num_gradual=8, watch=[5,50], balance=.5 if opt is fast_adam else 0.)
     if start: learn.to_peers(3).load(f'model_{start-1}', with_opt=True)
     learn.fit_one_cycle(EPOCHS, 4e-3, cbs=[cb, SaveModelCallback(every_epoch=True, with_opt=True), Progress(path/'progress')], start_epoch=start)
     torch.save(dict(weights=[p.detach() for p in learn.model.parameters()], history=cb.history.to_dict('list'), ledger=cb.items.state(), estimate=cb.estimate, watched=cb.watched, warm_up=cb.warm_up, table=[list(v) for v in learn.recorder.values[start:]],
