@@ -186,12 +186,12 @@ def plot_k(
 def plot_time(
     df:pd.DataFrame # Of `read_results`, one protocol
 )->plt.Figure: # A panel for each noise
-    "Plot the single peers' test accuracy against the time of training: mean ± standard deviation over seeds"
+    "Plot the single peers' test accuracy, mean ± standard deviation over seeds, against the time of training, median and quartiles"
     fig,axs,noises = _panels(df)
     style = _styles(df.sort_values(['rank','nets','label']).label.unique())
     for (noise,label),rs in df.groupby(['noise','label'], sort=False):
-        y = 100*rs.peer_accuracy
-        axs[0,noises.index(noise)].errorbar(rs.seconds.mean(), y.mean(), y.std() if len(y) > 1 else 0, rs.seconds.std() if len(y) > 1 else 0, marker='o', capsize=3, label=_text(label), color=style[label]['color'], ls='')
+        y,(low,t,high) = 100*rs.peer_accuracy,rs.seconds.quantile([.25,.5,.75])
+        axs[0,noises.index(noise)].errorbar(t, y.mean(), y.std() if len(y) > 1 else 0, [[t-low],[high-t]], marker='o', capsize=3, label=_text(label), color=style[label]['color'], ls='')
     for ax in axs[0]: ax.set_xlabel('seconds per run')
     axs[0,0].set_ylabel('test accuracy, single peers, %')
     _legend(fig, axs)

@@ -149,6 +149,7 @@ def test_pictures_show_the_means(results):
     line = next(c for c in ax.containers if c.get_label() == 'jocor').lines[0]
     want = [100*np.mean([hs['symmetric:0.2',f'jocor k={k}',s].peer_accuracy.iloc[-10:].mean() for s in range(4)]) for k in (2,3)]
     assert [float(x) for x in line.get_xdata()] == [2,3] and [float(y) for y in line.get_ydata()] == pytest.approx(want)
+    df.loc[(df.label == 'jocor k=2') & (df.noise == 'symmetric:0.2'),'seconds'] = [20,21,22,5000]
     ax = plot_time(df).axes[0]
     xy = next(c for c in ax.containers if c.get_label() == 'jocor k=2').lines[0]
     assert (float(xy.get_xdata()[0]), float(xy.get_ydata()[0])) == (pytest.approx(21.5), pytest.approx(want[0]))
