@@ -77,6 +77,7 @@ def the_ledger(a, b):
         assert f.votes_given[i] == sum(s['vote'] == s['given'] for s in o)/2 and f.agreement[i] == sum(s['agree'] for s in o)/2
         assert f.given[i] == o[0]['given'] and f.vote[i] == o[0]['vote']
     assert a['estimate'] == b['estimate'] and a['estimate'].rate == .1 and 0 < a['estimate'].joint < 1
+    assert torch.equal(a['behind'], b['behind']) and a['behind'].shape == (10,) and (a['behind'] > 0).any()
     assert a['rates'] == b['rates'] == [0., 0., a['estimate'].rate]
 
 def taught(nets, x, y, rate, plus):
