@@ -782,7 +782,7 @@ class JoCorCallback(PeersCallback):
     def batch_loss(self, logits, targ, rate):
         loss_func,known = (joint_loss_multi,{}) if self.multi_label else (joint_loss,dict(log_probs=self.log_probs))
         losses = loss_func(logits, targ, self.co_lambda, self.contrast, self.item_loss, **known)
-        return self.keep_small(losses, rate, None if self.behind is None else self._less_behind(losses.detach(), targ))
+        return self.keep_small(losses, rate) if self.behind is None else self.keep_small(losses, rate, self._less_behind(losses.detach(), targ))
 
     def _less_behind(self, losses, targ): return losses - self.behind[targ].to(losses.dtype)
 
