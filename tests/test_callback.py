@@ -142,7 +142,7 @@ def test_pretrained_body_is_copied():
     a,b = learn.model.peers
     assert torch.equal(a[1].weight, b[1].weight) and not torch.equal(a[3].weight, b[3].weight)
 
-@pytest.mark.parametrize('k,kw', ((1,dict()),(3,dict()),(3,dict(prune='exact')),(3,dict(prune='approx', refresh=2))))
+@pytest.mark.parametrize('k,kw', ((1,dict()),(3,dict()),(3,dict(prune='exact')),(3,dict(prune='approx', refresh=2)),(3,dict(balance=.5))))
 def test_the_step_does_not_synchronise(k, kw, monkeypatch):
     "What the callback does on a GPU, seen on a CPU: nothing in a step reads a value, or gives a tensor whose shape depends on one"
     from torch.utils._python_dispatch import TorchDispatchMode
