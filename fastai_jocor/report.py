@@ -68,19 +68,36 @@ def unfinished(
     return sum(not (f.parent/'result.json').exists() for f in Path(folder).glob('*/config.json'))
 
 # %% ../nbs/08_report.ipynb #8e900010
-published = { # Test accuracy on MNIST in percent, mean and standard deviation of the last ten of 200 epochs: Wei et al. (2020), Table 2
-    'Standard':     {'symmetric:0.2': (79.56,),      'symmetric:0.5': (52.66,),      'symmetric:0.8': (23.43,),      'asymmetric:0.4': (79.00,)},
-    'Co-teaching':  {'symmetric:0.2': (95.10,),      'symmetric:0.5': (89.82,),      'symmetric:0.8': (79.73,),      'asymmetric:0.4': (90.28,)},
-    'Co-teaching+': {'symmetric:0.2': (97.81,),      'symmetric:0.5': (95.80,),      'symmetric:0.8': (58.92,),      'asymmetric:0.4': (93.28,)},
-    'JoCoR':        {'symmetric:0.2': (98.06,0.04),  'symmetric:0.5': (96.64,0.12),  'symmetric:0.8': (84.89,4.55),  'asymmetric:0.4': (95.24,0.10)}}
+_wei = 'Wei et al., "Combating Noisy Labels by Agreement: A Joint Training Method with Co-Regularization", CVPR 2020'
+_as_published = dict(epochs=200, bs=128, lr=1e-3, schedule='paper', augment='none', precision='float32')
+published = [ # Test accuracy in percent: mean, and standard deviation where it is known
+    dict(dataset='mnist', score='peer_accuracy', source=f'{_wei}, Table 2', protocol='200 epochs of the whole of MNIST', config=_as_published, figures={
+        'Standard':     {'symmetric:0.2': (79.56,),      'symmetric:0.5': (52.66,),      'symmetric:0.8': (23.43,),      'asymmetric:0.4': (79.00,)},
+        'Co-teaching':  {'symmetric:0.2': (95.10,),      'symmetric:0.5': (89.82,),      'symmetric:0.8': (79.73,),      'asymmetric:0.4': (90.28,)},
+        'Co-teaching+': {'symmetric:0.2': (97.81,),      'symmetric:0.5': (95.80,),      'symmetric:0.8': (58.92,),      'asymmetric:0.4': (93.28,)},
+        'JoCoR':        {'symmetric:0.2': (98.06,0.04),  'symmetric:0.5': (96.64,0.12),  'symmetric:0.8': (84.89,4.55),  'asymmetric:0.4': (95.24,0.10)}}),
+    dict(dataset='cifar10', score='peer_accuracy', source=f'{_wei}, Table 3', protocol='200 epochs of the whole of CIFAR-10', config=_as_published, figures={
+        'Standard':     {'symmetric:0.2': (69.18,0.52),  'symmetric:0.5': (42.71,0.42),  'symmetric:0.8': (16.24,0.39),  'asymmetric:0.4': (69.43,0.33)},
+        'Co-teaching':  {'symmetric:0.2': (78.23,0.27),  'symmetric:0.5': (71.30,0.13),  'symmetric:0.8': (26.58,2.22),  'asymmetric:0.4': (73.78,0.22)},
+        'Co-teaching+': {'symmetric:0.2': (78.71,0.34),  'symmetric:0.5': (57.05,0.54),  'symmetric:0.8': (24.19,2.74),  'asymmetric:0.4': (68.84,0.20)},
+        'JoCoR':        {'symmetric:0.2': (85.73,0.19),  'symmetric:0.5': (79.41,0.25),  'symmetric:0.8': (27.78,3.06),  'asymmetric:0.4': (76.36,0.49)}}),
+    dict(dataset='cifar10', score='best_accuracy', source='Wei et al., "Learning with Noisy Labels Revisited: A Study Using Real-World Human Annotations", ICLR 2022', protocol='best of 100 epochs of the whole of CIFAR-10, ResNet-34', config=None, figures={
+        'Standard': {'human:worse': (77.69,1.55)}, 'Co-teaching': {'human:worse': (83.83,0.13)}, 'Co-teaching+': {'human:worse': (83.26,0.17)}, 'JoCoR': {'human:worse': (83.37,0.30)}})]
 
-_as_published = dict(dataset='mnist', epochs=200, bs=128, lr=1e-3, schedule='paper', augment='none', precision='float32')
+def _published(df, score):
+    "The entries of `published` with a figure for this data set, score and one of the noises"
+    found = [p for p in published if p['score'] == score and (df.dataset == p['dataset']).all()]
+    return [p for p in found if any(_figure(vals, n) for vals in p['figures'].values() for n in df.noise.unique())]
+
+def _figure(vals, noise): return next((v for n,v in vals.items() if f'{noise}:'.startswith(f'{n}:')), None)
+
+def _like(df, p): return p['config'] is not None and (df.dataset == p['dataset']).all() and all((df[n] == v).all() for n,v in p['config'].items()) and df.subset.isna().all()
 
 def is_published_protocol(
     df:pd.DataFrame # Of `read_results`, one protocol
 )->bool: # True where the published figures can be put beside them
-    "Whether runs are as those of the published figures: 200 epochs of the whole of MNIST"
-    return all((df[n] == v).all() for n,v in _as_published.items()) and df.subset.isna().all()
+    "Whether runs are as those of the published figures: 200 epochs of the whole of MNIST or CIFAR-10"
+    return any(_like(df, p) for p in published)
 
 def score_table(
     df:pd.DataFrame, # Of `read_results`, one protocol
@@ -92,10 +109,10 @@ def score_table(
     most = df.groupby(['label','noise']).size().max()
     cell = lambda x: '–' if x.isna().all() else _mean_std(x.dropna()) + (f' (n={x.notna().sum()})' if x.notna().sum() < most else '')
     res = df.groupby(['label','noise'], sort=False)[score].agg(cell).unstack().reindex(index=df.sort_values(['rank','nets','label']).label.unique(), columns=df.noise.unique()).fillna('–')
-    if with_published and (df.dataset == 'mnist').all():
-        mark = 'published' if is_published_protocol(df) else 'published, another protocol: 200 epochs of the whole of MNIST'
-        for name,vals in published.items():
-            res.loc[f'{name} [{mark}]'] = [' ± '.join(f'{o:.2f}' for o in vals[n]) if n in vals else '–' for n in res.columns]
+    for p in _published(df, score) if with_published else []:
+        mark = 'published' if _like(df, p) else f"published, another protocol: {p['protocol']}"
+        for name,vals in p['figures'].items():
+            res.loc[f'{name} [{mark}]'] = [' ± '.join(f'{o:.2f}' for o in v) if (v := _figure(vals, n)) else '–' for n in res.columns]
     return res.rename_axis(index='method', columns=None)
 
 def paired_differences(
@@ -219,13 +236,13 @@ def report_blocks(
         seeds = rs.groupby(['noise','label']).seed.agg(tuple)
         yield 'p',f"Seeds: {', '.join(map(str, sorted(set(rs.seed))))}." + (' Not every method has all of them: such an entry says from how many it is; compare by the paired differences.' if seeds.nunique() > 1 else '')
         for score,title in _titles.items():
-            t = score_table(rs, score, score == 'peer_accuracy')
+            t = score_table(rs, score)
             if t.empty or (t == '–').all(axis=None): continue
             if score == 'best_accuracy': yield from _differences(rs, reference)
             yield 'h3',title
             yield 'p',_intro[score].format(last=min(last, rs.epochs.iloc[0]))
-            if score == 'peer_accuracy' and any('[published' in o for o in t.index): yield 'p','Rows marked as published are not ours: Wei et al., "Combating Noisy Labels by Agreement: A Joint Training Method with Co-Regularization", CVPR 2020, Table 2, 200 epochs of the whole of MNIST.' + ('' if is_published_protocol(rs) else ' Our runs follow another protocol: the figures are not like for like.')
-            yield 'table',t.reset_index()
+            for p in _published(rs, score): yield 'p',f"Rows marked as published are not ours: {p['source']}, {p['protocol']}." + ('' if _like(rs, p) else ' Our runs follow another protocol: the figures are not like for like.')
+            yield 'table',score_table(rs, score, with_published=True).reset_index()
         yield 'h3','Curves'
         for name,plot,alt in (('curves',plot_curves,'Test accuracy and label precision against the epoch, a panel per noise'), ('k',plot_k,'Test accuracy against the number of networks, a panel per noise'), ('time',plot_time,'Test accuracy against the training time, a panel per noise')):
             yield 'figure',(f'{name}_{i}', plot(rs), f'{alt}: {protocol}')

@@ -3,7 +3,7 @@ from dataclasses import asdict
 from html.parser import HTMLParser
 from scipy import stats
 from fastai_jocor.bench import RunConfig, run_dir
-from fastai_jocor.report import (jocor_report, paired_differences, plot_k, plot_time, published, read_results, references, report_blocks, score_frame, score_table, unfinished)
+from fastai_jocor.report import (is_published_protocol, jocor_report, paired_differences, plot_k, plot_time, read_results, references, report_blocks, score_frame, score_table, unfinished)
 
 EPOCHS = 14
 
@@ -94,15 +94,38 @@ def test_protocols_and_settings_are_kept_apart(results):
     again = out/'again'; shutil.copytree(run_dir(out, RunConfig(noise='symmetric:0.2', epochs=EPOCHS)), again)
     with pytest.raises(ValueError, match='second run'): read_results(out)
 
+def texts(df, kind): return ' '.join(str(o) for k,o in report_blocks(df) if k == kind)
+
 def test_published_figures_are_marked(tmp_path):
     rng = np.random.default_rng(0)
     for cfg in configs(1, dataset='mnist'): write_run(tmp_path/'short', cfg, history(cfg, rng))
     for cfg in configs(1, dataset='mnist', epochs=200, co_lambda=.95): write_run(tmp_path/'full', cfg, history(cfg, rng))
-    short,full = [score_table(read_results(tmp_path/n), with_published=True) for n in ('short','full')]
+    runs = {n: read_results(tmp_path/n) for n in ('short','full')}
+    short,full = [score_table(df, with_published=True) for df in runs.values()]
     assert short.loc['JoCoR [published, another protocol: 200 epochs of the whole of MNIST]'].tolist() == ['98.06 ± 0.04','84.89 ± 4.55','95.24 ± 0.10']
-    assert full.loc['Co-teaching+ [published]'].tolist() == ['97.81','58.92','93.28'] and len(full) == 4+len(published)
-    text = {n: ' '.join(str(o) for k,o in report_blocks(read_results(tmp_path/n)) if k == 'p') for n in ('short','full')}
-    assert 'not like for like' in text['short'] and 'not like for like' not in text['full'] and 'not ours' in text['full']
+    assert full.loc['Co-teaching+ [published]'].tolist() == ['97.81','58.92','93.28'] and len(full) == 4+4
+    assert [is_published_protocol(df) for df in runs.values()] == [False,True]
+    assert 'not like for like' in texts(runs['short'], 'p') and 'not like for like' not in texts(runs['full'], 'p') and 'not ours' in texts(runs['full'], 'p')
+
+def test_published_figures_of_cifar(tmp_path):
+    rng,noises = np.random.default_rng(0),('symmetric:0.5','asymmetric:0.4','human:worse:labels.pt')
+    for made,n in zip(('symmetric:0.5','asymmetric:0.4','symmetric:0.8'), noises):
+        for name,kw in dict(part=dict(epochs=10, subset=10000), full=dict(epochs=200)).items():
+            cfg = RunConfig(dataset='cifar10', noise=made, k=2, **kw)
+            write_run(tmp_path/name, cfg, history(cfg, rng))
+            f = run_dir(tmp_path/name, cfg)/'result.json'
+            f.write_text(f.read_text().replace(made, n)) # the file with the human labels need not be at hand for a report
+    part,full = [read_results(tmp_path/n) for n in ('part','full')]
+    t = score_table(part, with_published=True)
+    assert t.loc['JoCoR [published, another protocol: 200 epochs of the whole of CIFAR-10]', list(noises)].tolist() == ['79.41 ± 0.25','76.36 ± 0.49','–']
+    assert 'JoCoR [published]' in score_table(full, with_published=True).index
+    for df in (part,full):
+        best = score_table(df, 'best_accuracy', with_published=True)
+        row = best.loc['JoCoR [published, another protocol: best of 100 epochs of the whole of CIFAR-10, ResNet-34]']
+        assert row[noises[2]] == '83.37 ± 0.30' and (row[list(noises[:2])] == '–').all() and len(best) == 5
+        assert texts(df, 'p').count('not like for like') == (2 if df is part else 1)
+    others = score_table(part[part.noise == noises[2]], with_published=True)
+    assert len(others) == 1 and not score_table(part, 'ensemble_accuracy', with_published=True).index.str.contains('published').any()
 
 class Page(HTMLParser):
     def __init__(self): super().__init__(); self.stack,self.links,self.tags,self.text = [],[],[],[]
