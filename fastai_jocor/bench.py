@@ -162,7 +162,7 @@ class RunConfig:
     seed:int = 0 # Seed of corruption, weights and batches
     subset:float = None # Share in (0, 1), or number, of training items to take, stratified; not for digits
     augment:str = 'none' # `none` or `crop_flip`; not for digits
-    precision:str = 'float32' # `float32`; or `bfloat16` by autocast, on any device, with convolutions channels-last
+    precision:str = 'float32' # `float32`; or `bfloat16` by autocast, on any device
     options:dict = field(default_factory=dict) # Further arguments of the method's callback or loss
 
     def __post_init__(self):
@@ -222,7 +222,7 @@ def run_learner(
     cfg:RunConfig, # The run
     path=None # Folder of the data set; `None` for its default
 )->Learner: # With the data, the noise and the loss of the run, not trained yet
-    "Make the data, the network and the learner of a run"
+    "Make the data, the network and the learner of a run; convolutions are channels-last on a CPU and in bfloat16"
     noise = cfg.recipe()
     set_seed(cfg.seed)
     if cfg.dataset == 'digits': dls = digits_dls(noise, cfg.seed, cfg.bs)
@@ -232,7 +232,7 @@ def run_learner(
         dls = make(path, noise, cfg.seed, cfg.bs, subset=subset, augment=cfg.augment)
     model = jocor_cnn(dls.c) if cfg.dataset.startswith('cifar') else jocor_mlp(dls.c, 64 if cfg.dataset=='digits' else 784)
     low = cfg.precision == 'bfloat16'
-    cbs = [AutocastBF16()]*low + [ChannelsLast()]*(low and cfg.dataset.startswith('cifar'))
+    cbs = [AutocastBF16()]*low + [ChannelsLast()]*(cfg.dataset.startswith('cifar') and (low or default_device().type == 'cpu'))
     return Learner(dls, model, loss_func=cfg.loss(dls), opt_func=fast_adam, lr=cfg.lr, metrics=accuracy, cbs=cbs)
 
 def run_history(

@@ -117,6 +117,9 @@ def test_cifar_by_name(tmp_path):
     assert p.returncode == 0, p.stderr
     res = json.loads((tmp_path/'run'/'result.json').read_text())
     assert res['config']['noise'] == 'instance:0.3' and res['config']['subset'] == 40 and 'noise instance:0.3' in p.stdout
+    learn = bench.run_learner(RunConfig('cifar10', noise='symmetric:0.2', bs=20), tmp_path)
+    with learn.no_logging(), learn.no_bar(): learn.fit(1, cbs=bench.JoCorCallback(k=2))
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in learn.model.parameters() if p.ndim == 4) # the faster layout on a CPU
     assert run_dir(tmp_path, RunConfig('cifar10', noise='symmetric:0.2', subset=40)).name.startswith('cifar10-symmetric0.2-jocor_k2-subset40')
 
 def bench_script(*args):
