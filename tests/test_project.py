@@ -89,8 +89,7 @@ def test_picture_of_the_home_page_shows_the_runs_that_are_there(tmp_path):
     assert front.is_drawn(tmp_path/'runs')
     found = front.runs()
     assert set(found) == set(front.WAYS) and all('accuracy' in h for hs in found.values() for h in hs)
-    h = next((tmp_path/'runs').glob('mnist-symmetric0.5-jocor_k3-*-seed0'))/'history.csv'
-    h.write_text(re.sub(r'(?m)^199,.*\n', '', h.read_text()))
+    for h in (tmp_path/'runs').glob('mnist-symmetric0.5-jocor_k3-*/history.csv'): h.write_text(re.sub(r'(?m)^199,.*\n', '', h.read_text()))
     assert not front.is_drawn(tmp_path/'runs') and not front.is_drawn(picture=tmp_path/'none.png')
     front.draw(tmp_path/'runs', tmp_path/'new.png')
     assert front.is_drawn(tmp_path/'runs', tmp_path/'new.png') and not front.is_drawn(picture=tmp_path/'new.png')
