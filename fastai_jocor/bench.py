@@ -12,7 +12,7 @@ __all__ = ['methods', 'PeerAccuracy', 'PaperSchedule', 'PlainTable', 'Method', '
            'jocor_demo']
 
 # %% ../nbs/07_bench.ipynb #dc9e6635
-import difflib, gc, itertools, json, os, platform, sys, threading, time, yaml, numpy as np, pandas as pd, torch
+import difflib, gc, hashlib, itertools, json, os, platform, sys, threading, time, yaml, numpy as np, pandas as pd, torch
 import matplotlib.pyplot as plt
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, asdict, field, fields, replace
@@ -166,6 +166,9 @@ class RunConfig:
     options:dict = field(default_factory=dict) # Further arguments of the method's callback or loss
 
     def __post_init__(self):
+        for f in fields(self):
+            if isinstance(v := getattr(self, f.name), np.generic): setattr(self, f.name, v.item())
+        self.options = {k: list(v) if isinstance(v, tuple) else v for k,v in self.options.items()}
         for name,ok in dict(dataset=_datasets, method=list(methods), schedule=('paper','one_cycle'), precision=_precisions).items():
             if getattr(self,name) not in ok: raise ValueError(_nearest(f'{name}={getattr(self,name)!r}', getattr(self,name), ok))
         for name in ('epochs','bs'):
@@ -314,6 +317,7 @@ class Checkpoint(Callback):
         try:
             state = torch.load(self.file, weights_only=True)
             if RunConfig(**state['config']).plain() != self.cfg.plain(): return
+            if missing := {'epoch','peers','model','opt','parts','rows','seconds','smooth','random'} - set(state): raise KeyError(f"it lacks {', '.join(sorted(missing))}")
         except Exception as e:
             warnings.warn(f'{self.file} cannot be read ({type(e).__name__}: {e}): the run starts anew')
             return
@@ -362,6 +366,7 @@ def run(
     learn,cb,peer_acc = run_learner(cfg, path),cfg.callback(),PeerAccuracy()
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
+        for f in ('result.json','learning_curve.png','model.pth',*(() if resume else ('history.csv',))): (Path(out)/f).unlink(missing_ok=True)
         _write(Path(out)/'config.json', json.dumps(asdict(cfg), indent=1))
     if not (verbose and sys.stdout.isatty()): learn.remove_cb(ProgressCallback)
     ckpt = Checkpoint(out, cfg, peer_acc, (cb,learn.loss_func)) if resume else None
@@ -396,9 +401,9 @@ def save_run(
     "Write what a run leaves, result.json last"
     _write_history(out, history)
     if extras:
+        with _aside(out/'model.pth') as tmp: torch.save(learn.model.state_dict(), tmp)
         plot_history(history, cfg).savefig(out/'learning_curve.png', dpi=100)
         plt.close()
-        torch.save(learn.model.state_dict(), out/'model.pth')
     _write(out/'result.json', json.dumps(result, indent=1))
 
 # %% ../nbs/07_bench.ipynb #386edda9
@@ -412,7 +417,7 @@ def plot_history(
     for i,c in enumerate(o for o in history if re.fullmatch(r'peer_\d+', o)): ax.plot(history[c], color='tab:blue', alpha=.3, lw=1, label='each peer' if i==0 else None)
     for c,col in (('label_precision','tab:green'),('label_recall','tab:olive')):
         if c in history: ax.plot(history[c], label=c.replace('_',' '), color=col, ls='--')
-    ax.set(title=f'{cfg.name} on {cfg.dataset}, noise {cfg.noise}', xlabel='epoch', ylim=(0,1.02))
+    ax.set(title=f'{cfg.name} on {cfg.dataset}, noise {cfg.noise}'.replace('$', r'\$'), xlabel='epoch', ylim=(0,1.02))
     ax.legend(loc='lower right')
     return fig
 
@@ -425,7 +430,8 @@ def run_dir(
     base,noise = RunConfig(),':'.join(cfg.noise.split(':')[:2]) if cfg.noise.startswith('human') else cfg.noise
     parts = [cfg.dataset, noise.replace(':',''), re.sub(r'[^\w.+-]', '', cfg.name.replace(' ','_'))]
     parts += [f'{n}{getattr(cfg,n)}' for n in ('co_lambda','forget_rate','num_gradual','epochs','bs','lr','schedule','subset','augment','precision') if getattr(cfg,n) != getattr(base,n)]
-    return Path(out)/'-'.join([*parts, f'seed{cfg.seed}'])
+    name = '-'.join([*parts, f'seed{cfg.seed}'])
+    return Path(out)/(name if len(name) <= 200 else f'{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}')
 
 def finished(
     d:Path, # Folder of a run
@@ -447,12 +453,13 @@ def one_thread():
 
 def _run_cell(cfg, method, out, path):
     "Do a run, unless it is done or another process is at it; gives what went wrong, or `None`"
-    methods.setdefault(cfg.method, method)
+    methods[cfg.method] = method
     d = run_dir(out, cfg)
-    d.mkdir(parents=True, exist_ok=True)
     try:
+        d.mkdir(parents=True, exist_ok=True)
         with SoftFileLock(d/'lock', timeout=.2, poll_interval=.05), one_thread():
             if not finished(d, cfg): run(cfg, d, path, verbose=False, extras=False, resume=True)
+            if not finished(d, cfg): return f'{cfg} does not come back from result.json as it was: its options must be plain values'
     except Timeout: return None
     except Exception as e: return f'{type(e).__name__}: {e}'
     finally: gc.collect()
@@ -617,11 +624,12 @@ def _mean_std(x): return f'{100*x.mean():.2f} ± {100*x.std(ddof=1):.2f}' if len
 
 def compare(
     df:pd.DataFrame # Of `run_grid`
-)->pd.DataFrame: # A row per method; percent, mean ± standard deviation over the seeds
+)->pd.DataFrame: # A row per method, and per value of what else differs within a method, such as the noise; percent, mean ± standard deviation over the seeds
     "Compare methods: the last ten epochs of the ensemble and of the single peers, and the best epoch apart"
     cols = dict(ensemble_accuracy='test accuracy', peer_accuracy='single peers', best_accuracy='best epoch', label_precision='label precision')
-    res = df.groupby('name', sort=False)[[c for c in cols if c in df]].agg(_mean_std).rename(columns=cols)
-    return res.where(~res.isin(['nan ± nan','nan']), '–').rename_axis('method')
+    apart = [c for c in [f.name for f in fields(RunConfig)] if c in df and c not in ('seed','options') and (df.groupby('name')[c].nunique(dropna=False) > 1).any()]
+    res = df.groupby(['name',*apart] if apart else 'name', sort=False, dropna=False)[[c for c in cols if c in df]].agg(_mean_std).rename(columns=cols)
+    return res.where(~res.isin(['nan ± nan','nan']), '–').rename_axis(['method',*apart])
 
 def band(
     ax, # Axes to draw on
@@ -683,10 +691,11 @@ def _cast(name, v):
 
 def _listed(name, v):
     "The values of a field, one or a list of them; seeds also as a range such as 0-9"
+    was = v
     if name == 'seed' and isinstance(v, str) and (m := re.fullmatch(r'(\d+)-(\d+)', v)): v = list(range(int(m[1]), int(m[2])+1))
     vs = [_listed(name, o)[0] if not (name=='seed' and isinstance(o, str)) else _listed(name, o) for o in v] if isinstance(v, list) else [_cast(name, v)]
     vs = [o for x in vs for o in (x if isinstance(x, list) else [x])]
-    if not vs: raise ValueError(f"{name}={v!r} must hold at least one value")
+    if not vs: raise ValueError(f"{name}={was!r} must hold at least one value" + (': a range goes upwards, such as 0-9' if isinstance(was, str) else ''))
     return vs
 
 def _check_keys(spec, known, what):
@@ -696,16 +705,24 @@ def _check_keys(spec, known, what):
 
 def grid_configs(
     spec:dict, # From a field of `RunConfig` to its value or a list of values; `runs`: a list of such mappings
-    **over # Fields that replace those of `spec`
+    **over # Fields that replace those of `spec`; `method` chooses among the `runs` that name theirs
 )->list: # Configurations, the first seed's first
     "Combine the values of a grid to configurations"
     _check_keys(spec, [*_types,'runs'], 'the grid')
     blocks = spec.get('runs', [{}])
     if not isinstance(blocks, list) or not blocks: raise ValueError(f"runs={blocks!r} must be a list of mappings")
-    cfgs,rank = [],{n: {} for n in ('seed','dataset','noise')}
+    cfgs,rank,chosen = [],{n: {} for n in ('seed','dataset','noise')},_listed('method', over['method']) if 'method' in over else []
+    for b in blocks: _check_keys(b, list(_types), 'runs')
+    if all('method' in b for b in blocks):
+        there = [m for b in blocks for m in _listed('method', b['method'])]
+        for m in chosen:
+            if m not in there: raise ValueError(_nearest(f'method={m!r}', m, list(methods)) if m not in methods else f"method={m!r} is in none of the runs of the grid, which are of {', '.join(dict.fromkeys(there))}")
     for b in blocks:
-        _check_keys(b, list(_types), 'runs')
-        dims = {n: _listed(n, v) for n,v in ({k: v for k,v in spec.items() if k != 'runs'} | b | over).items()}
+        here = {k: v for k,v in spec.items() if k != 'runs'} | b | over
+        if 'method' in b and 'method' in over:
+            here['method'] = [m for m in _listed('method', b['method']) if m in chosen]
+            if not here['method']: continue
+        dims = {n: _listed(n, v) for n,v in here.items()}
         for vs in itertools.product(*dims.values()):
             c = RunConfig(**dict(zip(dims, vs))).plain()
             for n,r in rank.items(): r.setdefault(getattr(c,n), len(r))
@@ -719,7 +736,7 @@ def read_grid(
     "Read a grid, and refuse what cannot be run, naming the nearest that can"
     spec = {} if file is None else _load_yaml(Path(file).read_text(encoding='utf-8'), str(file))
     try: return grid_configs({} if spec is None else spec, **{n: _load_yaml(f'[{v}]', n) for n,v in over.items()})
-    except ValueError as e: raise ValueError(f'{file}: {e}') from None if file is not None else e
+    except ValueError as e: raise ValueError(f'{e}' if file is None else f'{file}: {e}') from None
 
 # %% ../nbs/07_bench.ipynb #16bc4404
 @call_parse
@@ -760,7 +777,7 @@ def jocor_train(
 # %% ../nbs/07_bench.ipynb #5c10000c
 @call_parse(pos=['grid'])
 def jocor_bench(
-    grid:str=None, # YAML file with the grid; the fields below replace its own
+    grid:str=None, # YAML file with the grid; the fields below replace its own, and --method chooses among its runs
     out:str=None, # Output folder; default: runs/NAME of the file
     path:str=None, # Folder of the data sets
     dataset:str=None, # Each field: one value, or several with commas between; digits, mnist, cifar10 or cifar100
@@ -768,13 +785,13 @@ def jocor_bench(
     method:str=None, # jocor, co_teaching, co_teaching_plus, standard, forward, sce, or another name in fastai_jocor.bench.methods
     k:str=None, # Number of peers
     contrast:str=None, # kl, kl_circular, ce or ce_circular
-    co_lambda:str=None, # Weight of the contrast, in [0, 1]
+    co_lambda:str=None, # Weight of the contrast, in [0, 1]; default: 0.8 (the papers': 0.95)
     forget_rate:str=None, # Final forget rate, in [0, 1)
     num_gradual:str=None, # Epochs over which the forget rate rises
     epochs:str=None, # Number of epochs
     bs:str=None, # Items per batch
     lr:str=None, # Learning rate
-    schedule:str=None, # paper or one_cycle
+    schedule:str=None, # paper (the default) or one_cycle
     seed:str=None, # Seeds, also as a range such as 0-9
     subset:str=None, # Share, or number, of training items to take
     augment:str=None, # none or crop_flip

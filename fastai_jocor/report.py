@@ -59,13 +59,15 @@ def _protocol(r):
 def _told_apart(r, rs):
     "What tells a run from others of the same name"
     used = [n for n in ('co_lambda','forget_rate','num_gradual') if r.method not in methods or n in methods[r.method].fields]
-    return ''.join(f' {n}={r[n]:g}' if pd.notna(r[n]) else f' {n}=default' for n in used if rs[n].nunique(dropna=False) > 1)
+    told = lambda v: 'default' if pd.isna(v) else v if isinstance(v, str) else f'{v:g}'
+    return ''.join(f' {n}={told(r[n])}' for n in used if rs[n].nunique(dropna=False) > 1)
 
 def unfinished(
     folder # Folder that holds the folders of runs
 )->int: # At least 0
-    "Number of runs in a folder that were begun but have no result yet"
-    return sum(not (f.parent/'result.json').exists() for f in Path(folder).glob('*/config.json'))
+    "Number of runs in a folder that were begun but have no result yet, or one that does not fit its history"
+    begun = {f.parent for n in ('config.json','result.json') for f in Path(folder).glob(f'*/{n}')}
+    return sum(_row(d/'result.json', 1) is None for d in begun)
 
 # %% ../nbs/08_report.ipynb #8e900010
 _wei = 'Wei et al., "Combating Noisy Labels by Agreement: A Joint Training Method with Co-Regularization", CVPR 2020'
@@ -89,9 +91,11 @@ def _published(df, score):
     found = [p for p in published if p['score'] == score and (df.dataset == p['dataset']).all()]
     return [p for p in found if any(_figure(vals, n) for vals in p['figures'].values() for n in df.noise.unique())]
 
-def _figure(vals, noise): return next((v for n,v in vals.items() if f'{noise}:'.startswith(f'{n}:')), None)
+def _figure(vals, noise): return next((v for n,v in vals.items() if noise == n or noise.startswith('human:') and noise.startswith(f'{n}:')), None)
 
-def _like(df, p): return p['config'] is not None and (df.dataset == p['dataset']).all() and all((df[n] == v).all() for n,v in p['config'].items()) and df.subset.isna().all()
+def _like(df, p):
+    "Whether all runs are as those of an entry of `published`, with the true noise rate as forget rate and its usual rise"
+    return p['config'] is not None and (df.dataset == p['dataset']).all() and all((df[n] == v).all() for n,v in p['config'].items()) and df[['subset','forget_rate','num_gradual']].isna().all(axis=None)
 
 def is_published_protocol(
     df:pd.DataFrame # Of `read_results`, one protocol
@@ -133,7 +137,9 @@ def paired_differences(
             if not len(d): continue
             half = stats.t.ppf(.5+confidence/2, len(d)-1)*d.std(ddof=1)/len(d)**.5 if len(d) > 1 else np.nan
             rows.append(dict(noise=noise, method=label, minus=reference, seeds=len(d), difference=d.mean(), low=d.mean()-half, high=d.mean()+half, better=int((d > 0).sum())))
-    return pd.DataFrame(rows, columns=['noise','method','minus','seeds','difference','low','high','better'])
+    res = pd.DataFrame(rows, columns=['noise','method','minus','seeds','difference','low','high','better'])
+    res.attrs['confidence'] = confidence
+    return res
 
 def difference_table(
     d:pd.DataFrame # Of `paired_differences`
@@ -142,7 +148,7 @@ def difference_table(
     if not len(d): return d
     interval = [f'{l:+.2f} to {h:+.2f}' if np.isfinite(l) else '–' for l,h in zip(d.low, d.high)]
     clear = ['' if not np.isfinite(l) else 'above 0' if l > 0 else 'below 0' if h < 0 else 'holds 0' for l,h in zip(d.low, d.high)]
-    return pd.DataFrame({'noise': d.noise, 'method': d.method, 'minus': d.minus, 'seeds': d.seeds, 'difference': [f'{o:+.2f}' for o in d.difference], '95% interval': interval, 'interval is': clear, 'better in': [f'{b} of {n}' for b,n in zip(d.better, d.seeds)]})
+    return pd.DataFrame({'noise': d.noise, 'method': d.method, 'minus': d.minus, 'seeds': d.seeds, 'difference': [f'{o:+.2f}' for o in d.difference], f"{100*d.attrs.get('confidence', .95):g}% interval": interval, 'interval is': clear, 'better in': [f'{b} of {n}' for b,n in zip(d.better, d.seeds)]})
 
 def references(
     df:pd.DataFrame # Of `read_results`, one protocol
@@ -230,11 +236,11 @@ def report_blocks(
 )->list: # Yields pairs of a kind (`h1`, `h2`, `h3`, `p`, `table`, `figure`) and a content
     "The contents of a report"
     yield 'h1','Results'
-    yield 'p',f"{len(df)} finished runs" + (f'; {open_runs} more were begun and have no result yet, and are left out.' if open_runs else '.') + f" Processor: {', '.join(sorted(set(df.processor)-{''})) or 'not told'}."
+    yield 'p',f"{len(df)} finished runs" + (f'; {open_runs} more have no whole result yet, and are left out.' if open_runs else '.') + f" Processor: {', '.join(sorted(set(df.processor)-{''})) or 'not told'}."
     for i,(protocol,rs) in enumerate(df.groupby('protocol', sort=False)):
         yield 'h2',protocol
         seeds = rs.groupby(['noise','label']).seed.agg(tuple)
-        yield 'p',f"Seeds: {', '.join(map(str, sorted(set(rs.seed))))}." + (' Not every method has all of them: such an entry says from how many it is; compare by the paired differences.' if seeds.nunique() > 1 else '')
+        yield 'p',f"Seeds: {', '.join(map(str, sorted(set(rs.seed))))}." + (' Not every method has all of them: an entry of fewer says from how many it is; compare by the paired differences.' if seeds.nunique() > 1 else '')
         for score,title in _titles.items():
             t = score_table(rs, score)
             if t.empty or (t == '–').all(axis=None): continue

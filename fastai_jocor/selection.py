@@ -206,7 +206,7 @@ def confident_joint(
     n = np.bincount(given, minlength=n_classes)
     least = np.bincount(given, prob, n_classes)/np.maximum(n, 1)
     against = (vote != given) & (conf >= least[vote]) & (n[vote] > 0)
-    sure = against | (prob >= least[given])
+    sure = against | (prob >= least[given] - 1e-12)
     counts = np.zeros((n_classes,n_classes))
     np.add.at(counts, (np.where(against, vote, given)[sure], given[sure]), 1)
     return counts/np.maximum(counts.sum(0), 1)*n/len(f)

@@ -1,7 +1,9 @@
 import importlib.util, json, os, subprocess, sys, numpy as np, pandas as pd, pytest, torch
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from fastai_jocor import bench
-from fastai_jocor.bench import (GridProgress, Method, PaperSchedule, RunConfig, check_grid, finished, holder, jocor_bench, methods, read_grid, run, run_dir, run_grid, summarise)
+from fastai_jocor.bench import (GridProgress, Method, PaperSchedule, RunConfig, check_grid, compare, finished, holder, jocor_bench, methods, read_grid, run, run_dir, run_grid, summarise)
 from fastai_jocor.callback import JoCorCallback
 
 SCRIPTS = Path(sys.executable).parent
@@ -161,6 +163,10 @@ def test_half_written_files_do_not_count(tmp_path):
     half(d, 'checkpoint.pth', 'no checkpoint')
     assert finished(d, cfg) is None
     with pytest.warns(UserWarning, match='checkpoint.pth cannot be read'): again = run_grid([cfg], tmp_path/'b', n_jobs=1)
+    half(tmp_path/'c', 'progress', '1')
+    torch.save(dict(config=asdict(cfg), epoch=2), tmp_path/'c'/'checkpoint.pth')
+    with pytest.warns(UserWarning, match='it lacks model, opt, parts'): short = run(cfg, tmp_path/'c', verbose=False, resume=True)[2]
+    assert short['peer_accuracy'] == json.loads(whole)['peer_accuracy']
     pd.testing.assert_frame_equal(clean.drop(columns='seconds'), again.drop(columns='seconds'))
     assert not (d/'checkpoint.pth').exists() and not (d/'lock').exists()
 
@@ -202,7 +208,10 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match='1 of 3 runs failed(.|\n)*seed1: ZeroDivisionError: no way'): run_grid(cfgs, tmp_path, n_jobs=1)
     assert [bool(finished(run_dir(tmp_path, c), c)) for c in cfgs] == [True,False,True]
 
-def test_committed_results_still_count(monkeypatch):
+def test_committed_results_still_count(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    labels = np.repeat(range(10), 5000)
+    torch.save(dict(clean_label=labels, worse_label=labels[::-1].copy()), 'CIFAR-10_human.pt')
     monkeypatch.syspath_prepend(ROOT/'benchmarks')
     monkeypatch.setattr(bench, 'methods', dict(methods))
     monkeypatch.setitem(bench.methods, 'use_rejected', importlib.import_module('rejected').methods['use_rejected'])
@@ -225,7 +234,7 @@ def test_grids_of_the_project():
 @pytest.mark.parametrize('text,msg', [
     ('k: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{tmp}/touched]]', 'tag'), ('k: !!int 2','tag'), ('k: [2, 3','is no YAML'), ('- k: 2','must map names'), ('k: 2\nk: 3',"'k' stands there twice"),
     ('methd: jocor',"did you mean 'method'"), ('method: jocr',"did you mean 'jocor'"), ('runs: [{contrst: kl}]',"did you mean 'contrast'"), ('runs: {k: 2}','runs='), ('runs: []','runs=[]'), ('k: []','k=[]'), ('k: [2, two]',"k='two'"),
-    ('k: yes','k=True'), ('k: 2.0','k=2.0'), ('k: 0','k=0'), ('seed: [0, x]',"seed='x'"), ('seed: 3-1','seed=[]'), ('lr: .nan','lr=nan'), ('lr: 0','lr=0.0'), ('noise: 0.5','noise=0.5'), ('noise: symmetric:2','rate=2.0'), ('method: null','method=None'),
+    ('k: yes','k=True'), ('k: 2.0','k=2.0'), ('k: 0','k=0'), ('seed: [0, x]',"seed='x'"), ('seed: 3-1',"seed='3-1'"), ('lr: .nan','lr=nan'), ('lr: 0','lr=0.0'), ('noise: 0.5','noise=0.5'), ('noise: symmetric:2','rate=2.0'), ('method: null','method=None'),
     ('dataset: digts',"did you mean 'digits'"), ('schedule: papr',"did you mean 'paper'"), ('options: {restat: true}',"did you mean 'restart'"), ('options: 3','options=3'), ('options: {init: tail}',"init='tail'"), ('{method: standard, options: {k: 1}}','takes none'), ('{method: forward, noise: none}',"noise='none' has none"), ('{method: co_teaching, k: 1}','k=1'), ('dataset: mnist','no MNIST found'), ('dataset: cifar10','cifar10')])
 def test_bench_refuses_before_anything_starts(text, msg, tmp_path):
     (tmp_path/'grid.yaml').write_text(text.replace('{tmp}', str(tmp_path)))
@@ -238,6 +247,51 @@ def test_bench_refuses_other_arguments(tmp_path):
         assert msg in str(e.value) and not (tmp_path/'out').exists()
     if not importlib.util.find_spec('ray'):
         with pytest.raises(SystemExit, match='fastai_jocor.ray.'): jocor_bench(backend='ray', out=str(tmp_path/'out'))
+
+def test_a_method_is_chosen_among_the_runs_of_a_grid():
+    names = lambda file, **over: [(c.seed,c.noise,c.name,c.co_lambda) for c in read_grid(ROOT/'benchmarks'/file, **over)]
+    for file in ('mnist_protocol.yaml','digits.yaml'):
+        every = names(file)
+        for m in ('standard','jocor','co_teaching'): assert names(file, method=m) == [o for o in every if o[2].split()[0] == m]
+    with pytest.raises(ValueError, match="method='sce' is in none of the runs of the grid, which are of standard, jocor, co_teaching, co_teaching_plus"): read_grid(ROOT/'benchmarks'/'mnist_protocol.yaml', method='sce')
+    with pytest.raises(ValueError, match="mnist_protocol.yaml: method='jocr' is unknown: did you mean 'jocor'"): read_grid(ROOT/'benchmarks'/'mnist_protocol.yaml', method='jocr')
+    with pytest.raises(ValueError, match="^seed='3-1'"): read_grid(None, seed='3-1')
+
+def test_a_new_run_leaves_nothing_of_the_old_one(tmp_path, monkeypatch):
+    class Stop(PaperSchedule):
+        def before_train(self):
+            super().before_train()
+            if self.epoch == 1: raise KeyboardInterrupt
+    old = RunConfig(method='standard', epochs=2)
+    run(old, tmp_path/'r', verbose=False)
+    assert finished(tmp_path/'r', old) and (tmp_path/'r'/'model.pth').exists()
+    monkeypatch.setattr(bench, 'PaperSchedule', Stop)
+    with pytest.raises(KeyboardInterrupt): run(RunConfig(method='standard', epochs=3, noise='none'), tmp_path/'r', verbose=False)
+    assert sorted(p.name for p in (tmp_path/'r').iterdir()) == ['config.json','history.csv'] and finished(tmp_path/'r', old) is None
+    assert len(pd.read_csv(tmp_path/'r'/'history.csv')) == 1
+
+def test_names_that_are_long_or_hold_mathematics(tmp_path):
+    cfg = RunConfig(epochs=1, options=dict(watch=tuple(range(100))))
+    assert len(run_dir(tmp_path, cfg).name) <= 200 and run_dir(tmp_path, cfg) != run_dir(tmp_path, RunConfig(epochs=1, options=dict(watch=list(range(101)))))
+    df = run_grid([cfg, RunConfig(epochs=1, seed=np.int64(1))], tmp_path, n_jobs=1)
+    assert list(df.seed) == [0,1] and finished(run_dir(tmp_path, cfg), cfg)
+    bench.plot_history(pd.read_csv(run_dir(tmp_path, cfg)/'history.csv'), SimpleNamespace(name='jocor', dataset='cifar10', noise='human:worse:$a^$/x.pt')).savefig(tmp_path/'x.png')
+
+def test_workers_use_the_method_as_it_is_now(tmp_path, monkeypatch):
+    old = Method(JoCorCallback)
+    monkeypatch.setitem(methods, 'mine', old)
+    cfg,seen = RunConfig(method='mine', epochs=1),[]
+    monkeypatch.setattr(bench, 'run', lambda cfg, *a, **k: seen.append(methods['mine']))
+    new = Method(JoCorCallback)
+    for i,m in enumerate((old,new)): assert 'does not come back' in bench._run_cell(cfg, m, tmp_path/str(i), None)
+    assert seen[0] is old and seen[1] is new
+
+def test_compare_keeps_apart_what_is_not_a_seed():
+    row = lambda noise, seed, acc, **kw: dict(name='jocor k=2', noise=noise, seed=seed, ensemble_accuracy=acc, peer_accuracy=acc, best_accuracy=acc, co_lambda=.8) | kw
+    one = compare(pd.DataFrame([row('none',0,.9), row('none',1,.8)]))
+    assert list(one.index) == ['jocor k=2'] and one.index.name == 'method' and one['test accuracy'].item() == '85.00 ± 7.07'
+    two = compare(pd.DataFrame([row('none',0,.9), row('none',1,.8), row('symmetric:0.8',0,.4), row('symmetric:0.8',1,.4, co_lambda=.8)]))
+    assert list(two.index) == [('jocor k=2','none'),('jocor k=2','symmetric:0.8')] and list(two['single peers']) == ['85.00 ± 7.07','40.00 ± 0.00'] and two.index.names == ['method','noise']
 
 def test_two_runs_never_share_a_folder(tmp_path):
     files = []

@@ -3,7 +3,7 @@ from dataclasses import asdict
 from html.parser import HTMLParser
 from scipy import stats
 from fastai_jocor.bench import RunConfig, run_dir
-from fastai_jocor.report import (is_published_protocol, jocor_report, paired_differences, plot_k, plot_time, read_results, references, report_blocks, score_frame, score_table, unfinished)
+from fastai_jocor.report import (difference_table, is_published_protocol, jocor_report, paired_differences, plot_k, plot_time, read_results, references, report_blocks, score_frame, score_table, unfinished)
 
 EPOCHS = 14
 
@@ -64,6 +64,10 @@ def test_paired_differences_by_hand(results):
     for bad in (dict(reference='jocor k=7'), dict(reference='standard', confidence=1.)):
         with pytest.raises(ValueError, match=str(list(bad)[-1])): paired_differences(df, **bad)
 
+def test_the_head_of_the_interval_is_its_confidence(results):
+    df = read_results(results[0])
+    for confidence,head in ((.95,'95% interval'),(.5,'50% interval')): assert head in difference_table(paired_differences(df, 'standard', confidence=confidence))
+
 def test_one_seed_has_no_interval(tmp_path):
     rng = np.random.default_rng(0)
     for cfg in configs(1): write_run(tmp_path, cfg, history(cfg, rng))
@@ -79,7 +83,7 @@ def test_half_written_runs_are_left_out(results):
     (ds[1]/'result.json').unlink()
     h = ds[2]/'history.csv'; h.write_text(''.join(h.read_text().splitlines(True)[:-3]))
     (ds[3]/'history.csv').unlink()
-    assert len(read_results(out)) == 44 and unfinished(out) == 1
+    assert len(read_results(out)) == 44 and unfinished(out) == 4
 
 def test_protocols_and_settings_are_kept_apart(results):
     out,_ = results
@@ -106,6 +110,19 @@ def test_published_figures_are_marked(tmp_path):
     assert full.loc['Co-teaching+ [published]'].tolist() == ['97.81','58.92','93.28'] and len(full) == 4+4
     assert [is_published_protocol(df) for df in runs.values()] == [False,True]
     assert 'not like for like' in texts(runs['short'], 'p') and 'not like for like' not in texts(runs['full'], 'p') and 'not ours' in texts(runs['full'], 'p')
+
+@pytest.mark.parametrize('kw', (dict(forget_rate=.3), dict(num_gradual=5)))
+def test_other_settings_are_another_protocol(kw, tmp_path):
+    for cfg in configs(1, dataset='mnist', epochs=200, co_lambda=.95, **kw): write_run(tmp_path, cfg, history(cfg, np.random.default_rng(0)))
+    assert not is_published_protocol(read_results(tmp_path))
+
+def test_another_map_of_classes_has_no_published_figure(tmp_path):
+    for noise in ('asymmetric:0.4:cifar10','symmetric:0.2:exact'): write_run(tmp_path, cfg := RunConfig(dataset='mnist', noise=noise, epochs=200), history(cfg, np.random.default_rng(0)))
+    assert len(score_table(read_results(tmp_path), with_published=True)) == 1
+
+def test_a_rate_found_in_training_stands_beside_a_given_one(tmp_path):
+    for rate in (.3,'auto',None): write_run(tmp_path, cfg := RunConfig(epochs=EPOCHS, forget_rate=rate), history(cfg, np.random.default_rng(0)))
+    assert set(read_results(tmp_path).label) == {'jocor k=2 forget_rate=0.3','jocor k=2 forget_rate=auto','jocor k=2 forget_rate=default'}
 
 def test_published_figures_of_cifar(tmp_path):
     rng,noises = np.random.default_rng(0),('symmetric:0.5','asymmetric:0.4','human:worse:labels.pt')
