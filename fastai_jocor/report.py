@@ -222,11 +222,15 @@ def plot_time(
 
 # %% ../nbs/08_report.ipynb #8e900021
 _intro = dict(
-    peer_accuracy="Test accuracy in percent of the single peers, averaged over the peers and the last {last} epochs, as the papers score: mean ± standard deviation over seeds.",
-    ensemble_accuracy="Test accuracy in percent of the ensemble, the peers' mean probability, averaged over the last {last} epochs: mean ± standard deviation over seeds.",
-    label_precision="Share in percent of true labels among the items that were trained on, averaged over the last {last} epochs: mean ± standard deviation over seeds.",
+    peer_accuracy="Test accuracy in percent of the single peers, averaged over the peers and the {last}, as the papers score: mean ± standard deviation over seeds.",
+    ensemble_accuracy="Test accuracy in percent of the ensemble, the peers' mean probability, averaged over the {last}: mean ± standard deviation over seeds.",
+    label_precision="Share in percent of true labels among the items that were trained on, averaged over the {last}: mean ± standard deviation over seeds.",
     best_accuracy="Test accuracy in percent of the ensemble in the epoch in which it is highest: mean ± standard deviation over seeds. It is found by looking at the test accuracy: no score, and not to be compared with the tables above.")
 _titles = dict(peer_accuracy='Single peers', ensemble_accuracy='Ensemble', label_precision='Label precision', best_accuracy='Best epoch')
+
+def _last(last, rs):
+    n = min(last, rs.epochs.iloc[0])
+    return 'last epoch' if n == 1 else f'last {n} epochs'
 
 def report_blocks(
     df:pd.DataFrame, # Of `read_results`
@@ -246,7 +250,7 @@ def report_blocks(
             if t.empty or (t == '–').all(axis=None): continue
             if score == 'best_accuracy': yield from _differences(rs, reference)
             yield 'h3',title
-            yield 'p',_intro[score].format(last=min(last, rs.epochs.iloc[0]))
+            yield 'p',_intro[score].format(last=_last(last, rs))
             for p in _published(rs, score): yield 'p',f"Rows marked as published are not ours: {p['source']}, {p['protocol']}." + ('' if _like(rs, p) else ' Our runs follow another protocol: the figures are not like for like.')
             yield 'table',score_table(rs, score, with_published=True).reset_index()
         yield 'h3','Curves'
@@ -334,5 +338,5 @@ def jocor_report(
         diffs = [paired_differences(rs, ref).assign(protocol=p) for p,rs in df.groupby('protocol', sort=False) for ref in (references(rs) if reference is None else [reference]) if ref in set(rs.label)]
         for name,t in dict(runs=df.drop(columns=['dir','rank','noise_rank']), scores=score_frame(df), differences=pd.concat(diffs)).items(): _write(out/f'{name}.csv', t.to_csv(index=False, float_format='%.6g'))
     except (ValueError, OSError) as e: sys.exit(f'jocor_report: {e}')
-    for p,rs in df.groupby('protocol', sort=False): print(f'\n{p}: single peers, last {min(last, rs.epochs.iloc[0])} epochs, percent\n\n{score_table(rs, with_published=True).to_string()}')
+    for p,rs in df.groupby('protocol', sort=False): print(f'\n{p}: single peers, {_last(last, rs)}, percent\n\n{score_table(rs, with_published=True).to_string()}')
     print(f"\nwritten to {out}: report.html, report.md, runs.csv, scores.csv, differences.csv")

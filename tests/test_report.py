@@ -72,6 +72,7 @@ def test_one_seed_has_no_interval(tmp_path):
     rng = np.random.default_rng(0)
     for cfg in configs(1): write_run(tmp_path, cfg, history(cfg, rng))
     df = read_results(tmp_path)
+    assert 'the last 10 epochs' in texts(df, 'p') and 'the last epoch,' in ' '.join(str(o) for _,o in report_blocks(df, last=1))
     d = paired_differences(df, 'standard')
     assert d.low.isna().all() and (d.seeds == 1).all() and '±' not in score_table(df).to_string()
     assert any(k == 'table' and '–' in o.to_string() for k,o in report_blocks(df) if k == 'table')
