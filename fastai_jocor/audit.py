@@ -11,13 +11,16 @@ __all__ = ['suspect_scores', 'save_ledger', 'load_ledger', 'rank_suspects', 'est
 
 # %% ../nbs/06_audit.ipynb #a0d10002
 import hashlib, json, os, sys, numpy as np, pandas as pd
+from numbers import Integral
 from fastcore.script import call_parse
 from fastai.tabular.core import Tabular
 from fastai.vision.all import *
+from .losses import check_number
+from .peers import check_k, check_seed
 from .selection import Ledger, confident_joint, estimate_noise, transition_of
 from .noise import NoiseRecord, NoisyLabel, item_key, _names, plot_noise
 from .data import ImageStore, MemoryDatasets, MemoryDL
-from .callback import JoCorCallback, PeersCallback
+from .callback import JoCorCallback, PeersCallback, _class_names
 
 # %% ../nbs/06_audit.ipynb #a0d10006
 def _items_of(ds, n):
@@ -137,7 +140,7 @@ def plot_suspects(self:PeersCallback,
         x,title = _picture(self.source.ds, int(i)),f'{given} → {suggested}'
         try: show_image(x, ctx=ax, cmap='gray')
         except (TypeError, ValueError, AttributeError, IndexError): ax.text(.5, .5, str(x)[:80], ha='center', va='center', wrap=True); ax.axis('off')
-        ax.set_title(title, size=9, color='tab:green' if 'true' in s and s.true[i] == suggested else None)
+        ax.set_title(title, size=9, **dict(color='tab:green') if 'true' in s and s.true[i] == suggested else {})
     return axs
 
 # %% ../nbs/06_audit.ipynb #a0d10022
@@ -184,17 +187,22 @@ def estimated_record(
     f = f[(f.given >= 0) & (f.vote >= 0) & f.prob.notna()]
     return NoiseRecord(np.where(_against(f), f.vote, f.given), f.given.to_numpy(), vocab)
 
+def _seen_items(cb):
+    if cb.items is None or 'n_classes' not in vars(cb): raise ValueError("the callback holds no ledger: train with it first, on a training set that has a length")
+    if cb.multi_label: raise ValueError("a transition matrix needs one class an item, and this training had several labels an item")
+    return cb.items
+
 @patch
 def transition(self:PeersCallback)->np.ndarray: # Row: true class, column: given, shape (C, C)
     "Estimate the transition matrix of the labels from the ledger (`confident_joint`)"
-    return transition_of(confident_joint(self.items, self.n_classes))
+    return transition_of(confident_joint(_seen_items(self), self.n_classes))
 
 @patch
 def plot_transition(self:PeersCallback)->np.ndarray: # Axes
     "Plot the transition matrix as the ledger tells it, beside the true one where it is known"
-    known = self.noise is not None
+    known,items = self.noise is not None,_seen_items(self)
     axs = np.atleast_1d(plt.subplots(1, 1+known, figsize=(5*(1+known),5), layout='constrained')[1])
-    est = estimated_record(self.items, ifnone(self.source.vocab, self.n_classes))
+    est = estimated_record(items, ifnone(self.source.vocab, self.n_classes))
     plot_noise(est, axs[0])
     axs[0].set(title=f'estimated: {est.rate:.1%} of {len(est)} labels look wrong')
     if known: plot_noise(self.noise, axs[1])
@@ -209,11 +217,15 @@ class KnownLabel(Transform):
         if noise is not None: self.noise = noise
     def encodes(self, o:str): return o
 
-def _check_suspects(suspects, how, n, vocab):
+def _check_suspects(suspects, how, ds, vocab):
     if how not in ('drop','relabel'): raise ValueError(f"how={how!r} must be 'drop' or 'relabel'")
-    pos = suspects.index.to_numpy()
+    if how == 'relabel' and 'suggested' not in suspects: raise ValueError("suspects have no column 'suggested': pass the table of cb.suspects(), or some of its rows")
+    pos,n = suspects.position.to_numpy() if 'position' in suspects else suspects.index.to_numpy(),len(ds)
     if len(pos) and (pos.dtype.kind not in 'iu' or pos.min() < 0 or pos.max() >= n or len(set(pos.tolist())) < len(pos)):
         raise ValueError(f"suspects must be indexed by position in the training set of {n} items, each once, as cb.suspects() gives it")
+    items = _items_of(ds, n)
+    other = next(((i,o) for i,o in zip(pos.tolist(), suspects.get('item', [])) if str(items[i]) != str(o)), None)
+    if other: raise ValueError(f"suspects name {other[1]!r} at position {other[0]} of the training set, where {items[other[0]]!r} is: are they of another split, or without the index of cb.suspects()?")
     unknown = set() if how == 'drop' else set(suspects.suggested)-set(vocab)
     if unknown: raise ValueError(f"suspects suggest {sorted(map(str, unknown))[:5]}, which are not among the classes")
     if how == 'drop' and len(pos) == n: raise ValueError("suspects hold every training item, so nothing is left to train on")
@@ -225,9 +237,9 @@ def cleaned(
     how:str='drop' # `drop` them, or `relabel` them as suggested
 )->DataLoaders: # The validation set is the same; a record of corruption is of the items that are left and of their labels now
     "Make `DataLoaders` to train again with, without suspects or with their suggested labels"
-    train,ds,vocab = dls.train,dls.train.dataset,[str(o) for o in dls.vocab] if isinstance(getattr(dls, 'vocab', None), (L,list,tuple,CategoryMap)) else None
+    train,ds,vocab = dls.train,dls.train.dataset,_class_names(dls)
     if vocab is None or len(ds.y_names if isinstance(ds, Tabular) else getattr(ds, 'tls', [])[1:]) != 1: raise ValueError(f"dls hold a {type(ds).__name__}: they must give pairs of an input and one class")
-    pos = _check_suspects(suspects, how, len(ds), vocab)
+    pos = _check_suspects(suspects, how, ds, vocab)
     given = _given_codes(train)
     if how == 'relabel': given[pos] = [vocab.index(o) for o in suspects.suggested]
     left = np.setdiff1d(np.arange(len(ds)), pos) if how == 'drop' else np.arange(len(ds))
@@ -450,6 +462,11 @@ def read_labels(
         if missing: raise ValueError(f"source={str(source)!r} has no column {missing[0]!r}: it has {', '.join(map(repr, df))}; name them with --file-col and --label-col")
         df = df[[file_col,label_col]].set_axis(['file','label'], axis=1)
     else: raise ValueError(f"source={str(source)!r} does not exist: it must be a folder with a folder of images for each class, or a CSV")
+    text = df.label.str.strip()
+    blank = df.file[text == ''].tolist()
+    if blank: raise ValueError(f"source={str(source)!r} gives no label to {len(blank)} of {len(df)} files, such as {blank[0]!r}: label them, or leave them out")
+    alike = df.label[df.label != text].drop_duplicates().tolist()
+    if alike: raise ValueError(f"source={str(source)!r} holds labels with spaces around them, such as {alike[0]!r}: take the spaces away, so that they are no class of their own")
     twice = df.file[df.file.duplicated()].tolist()
     if twice: raise ValueError(f"source={str(source)!r} names {len(twice)} files more than once, such as {twice[0]!r}: each file must stand there once, with one label")
     if df.label.nunique() < 2: raise ValueError(f"source={str(source)!r} holds {df.label.nunique()} class: at least two are needed to tell a wrong label")
@@ -497,17 +514,21 @@ def apply_reviewed(
     "Apply decisions to a list of labels, or raise a `ValueError` where they do not fit it"
     missing = {'item','given','suggested','decision'} - set(reviewed)
     if missing: raise ValueError(f"reviewed has no column {sorted(missing)[0]!r}: export it from the page")
-    label = dict(zip(df.file, df.label))
+    label,twice = dict(zip(df.file, df.label)),reviewed['item'][reviewed['item'].duplicated()].tolist()
     for r in reviewed.itertuples():
         if r.decision not in ('keep','relabel','drop'): raise ValueError(f"decision {r.decision!r} for {r.item!r} must be keep, relabel or drop")
         if r.item not in label: raise ValueError(f"{r.item!r} is not among the files: are these the decisions on another data set?")
         if label[r.item] != r.given: raise ValueError(f"{r.item!r} has the label {label[r.item]!r}, but was reviewed as {r.given!r}: are these the decisions on an earlier state?")
+    if twice: raise ValueError(f"{twice[0]!r} was reviewed more than once: leave one decision for each file")
     new = {r.item: r.suggested for r in reviewed.itertuples() if r.decision == 'relabel'}
     drop = {r.item for r in reviewed.itertuples() if r.decision == 'drop'}
     return df.assign(label=[new.get(f, l) for f,l in zip(df.file, df.label)])[[f not in drop for f in df.file]]
 
 # %% ../nbs/06_audit.ipynb #a0d10048
 def _audit(source, path, file_col, label_col, out, k, epochs, size, bs, n, seed, resume):
+    check_k(k); check_seed(seed)
+    for name,v in dict(epochs=epochs, size=size, bs=bs).items(): check_number(name, v, lambda v: isinstance(v, Integral) and v >= 1, 'be an integer of at least 1')
+    if n is not None: check_number('n', n, lambda v: isinstance(v, Integral) and v >= 0, 'be a number of suspects, at least 0')
     df,root = read_labels(source, path, file_col, label_col),_root_of(source, path)
     ok = np.array([_readable(root/f) for f in df.file])
     bad = df.file[~ok].tolist()
@@ -572,7 +593,9 @@ def jocor_audit(
             new = apply_reviewed(df, read_table(apply))
             if (out/'cleaned.csv').exists() and (out/'cleaned.csv').resolve() == Path(source).resolve(): raise ValueError(f"out={str(out)!r} would write over {source}: name another folder")
             out.mkdir(parents=True, exist_ok=True)
-            new.map(safe_cell).to_csv(out/'cleaned.csv', index=False)
+            if Path(source).is_file(): whole = read_table(source).loc[new.index].assign(**{label_col: new.label})
+            else: whole = new
+            whole.rename(columns=safe_cell).map(safe_cell).to_csv(out/'cleaned.csv', index=False)
             both = df.set_index('file').label.reindex(new.file)
             return print(f"{len(df)-len(new)} dropped, {int((both.to_numpy() != new.label.to_numpy()).sum())} relabelled, {len(new)} left: {out/'cleaned.csv'}")
         s,note = _audit(source, path, file_col, label_col, out, k, epochs, size, bs, n, seed, not no_resume)

@@ -372,6 +372,13 @@ class ItemSource:
     ): self.ds,self.vocab = ds,vocab
     def __getstate__(self): return dict(ds=None, vocab=self.vocab)
 
+def _check_watch(watch):
+    if isinstance(watch, (Tensor,np.ndarray)): watch = watch.tolist()
+    ok = isinstance(watch, Iterable) and not isinstance(watch, str)
+    items = list(watch) if ok else []
+    if not ok or not all(isinstance(o, Integral) and not isinstance(o, bool) for o in items): raise ValueError(f"watch={watch!r} must hold positions in the training set: integers of at least 0")
+    return np.array(items, dtype=np.int64)
+
 def _rows_of(seen, idx, watch, epoch):
     "What an epoch has seen of some items, a `dict` for each time"
     at = torch.isin(idx, torch.as_tensor(watch, device=idx.device)).nonzero()[:,0]
@@ -421,9 +428,14 @@ class PeersCallback(ColumnsCallback):
         self.restart,self.select,self.done,self.rate,self.before_finder,self.world = restart,select,0,0.,None,1
         self.items = self.pruned = self.estimate = self.tau = None
         self.source = ItemSource()
-        self.watch,self.watched = np.asarray(list(watch), dtype=np.int64),[]
+        self.watch,self.watched = _check_watch(watch),[]
         self.listing = ExitStack()
         self.k,self.forget_rate,self.num_gradual,self.exponent,self.models,self.init,self.seed = k,forget_rate,num_gradual,exponent,models,init,seed
+
+    def __getstate__(self): return {k: v for k,v in vars(self).items() if k != 'listing'}
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.listing = ExitStack()
 
     def batch_loss(self, logits, targ, rate):
         """Give the loss of a batch (a scalar), which items are kept (their indices, or how often each is, shape (N,), float) and the loss of each
@@ -454,7 +466,10 @@ class PeersCallback(ColumnsCallback):
         self._noise,self.figures = self.noise,None
         mix = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler)]
         if mix: raise ValueError(f"{mix[0]} mixes the labels of two items, and small-loss selection needs one label per item: train without {mix[0]}")
-        if self.restart: self.estimate,self.watched = None,[]
+        more = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, PeersCallback) and cb is not self]
+        if more: raise ValueError(f"the learner has a {more[0]} beside this {type(self).__name__}: one of them trains all peers, so take the other off with learn.remove_cb")
+        if self.done and not self.finding and not isinstance(self.model, Peers) and not self.restart: self._start_over()
+        if self.restart and not self.finding: self.estimate,self.watched = None,[]
         self.tau,self.world = self._final_rate(),distributed_world(self.learn)
         self.accumulates = any(isinstance(cb, GradientAccumulation) for cb in self.learn.cbs)
         if self.world > 1: _let_loaders_broadcast()
@@ -467,9 +482,15 @@ class PeersCallback(ColumnsCallback):
         self.reads_are_free = self._reads_are_free()
         self._open_ledger()
         self.flags = self._clean_flags()
-        self.last_loss,self.told = torch.zeros((), device=self.device),False
+        self.last_loss,self.told,self.cut = torch.zeros((), device=self.device),False,False
+        if self.resume is not None and self.start >= self.n_epoch: self._take_up(self.resume, self.start)
         self.opt.zero_grad()
         self.learn._call_one = partial(call_defined, self.learn)
+
+    def _start_over(self):
+        "Forget the fits with another model"
+        warnings.warn(f"this {type(self).__name__} has trained another model: forget schedule, ledger and estimate of the noise rate start over; for each learner, make a callback of its own")
+        self.done,self.rate,self.items,self.estimate,self.watched = 0,0.,None,None,[]
 
     def _reads_are_free(self): return self.device.type == 'cpu'
 
@@ -477,7 +498,7 @@ class PeersCallback(ColumnsCallback):
         "Go on with the ledger of an earlier fit on as many items, or start one"
         n = len(self.dls.train.dataset) if hasattr(self.dls.train.dataset, '__len__') else None
         if n is None: self.items = None
-        elif self.restart or self.items is None or self.items.n != n: self.items = Ledger(n, self.device)
+        elif self.restart and not self.finding or self.items is None or self.items.n != n: self.items = Ledger(n, self.device)
         else: self.items = Ledger(n, self.device).load_state(self.items.state())
 
     @property
@@ -498,7 +519,7 @@ class PeersCallback(ColumnsCallback):
 
     def _schedule(self):
         "Forget rates of this fit's epochs; a later fit goes on where the last one ended, a resumed one counts its epochs from 0"
-        if self.restart or self.start: self.done,self.rate = 0,0.
+        if (self.restart or self.start) and not self.finding: self.done,self.rate = 0,0.
         self.before,self.least,n = self.done,self.rate if self.done else 0.,self.done+self.n_epoch
         self.gradual = ifnone(self.num_gradual, max(default_num_gradual(n, len(self.dls.train)), int(bool(self.opt.frozen_idx))))
         self.warm_up = max(2, (self.gradual+1)//2)
@@ -558,7 +579,7 @@ class PeersCallback(ColumnsCallback):
     def _try_batch(self):
         "Check a batch and the loss on it before anything is changed; where the model needs what other callbacks do to a batch, the first batch is checked"
         dl = self.dls.train
-        if len(dl) == 0: raise ValueError("the training loader gives no batch: take a smaller bs, or more items (an incomplete batch is dropped)")
+        if len(dl) == 0: raise ValueError(f"the training loader gives no batch of bs={getattr(dl, 'bs', None)} from {len(dl.dataset) if hasattr(dl.dataset, '__len__') else 'its'} items: take a smaller bs, or more items (an incomplete batch is dropped)")
         mode = self.model.training
         with same_random_states(dl), torch.no_grad(), listed_idxs(dl):
             b = self.learn._set_device(dl.one_batch() if hasattr(dl, 'one_batch') else first(dl))
@@ -592,15 +613,15 @@ class PeersCallback(ColumnsCallback):
         return None if rec is None or self.items is None or len(rec) != self.items.n else torch.as_tensor(~rec.flipped, device=self.device)
 
     def before_train(self):
-        if self.resume is not None: self._take_up(self.resume)
-        self.rate,self.pos,self.repeated,self.sightings = float(self.schedule[self.epoch]),None,None,Sightings()
+        if self.resume is not None: self._take_up(self.resume, self.epoch)
+        self.cut,self.rate,self.pos,self.repeated,self.sightings = False,float(self.schedule[self.epoch]),None,None,Sightings()
         self.listing.close()
         self.listing.enter_context(listed_idxs(self.dl))
 
-    def _take_up(self, state):
-        "Go on with the random states and the rows of a run that was interrupted after the epoch before this one"
+    def _take_up(self, state, epoch):
+        "Go on with the random states and the rows of a run that was interrupted after the epoch before"
         self.resume = None
-        if state['epoch'] != self.epoch-1: return
+        if state['epoch'] != epoch-1: return
         self.rows,self.watched = list(state['rows']),list(state.get('watched', []))
         if state.get('estimate') is not None:
             self.estimate = NoiseEstimate(**state['estimate'])
@@ -635,7 +656,7 @@ class PeersCallback(ColumnsCallback):
         self.bad,n = None,self.n
         floats = [x for x in self.learn.xb if isinstance(x, Tensor) and x.is_floating_point() and x.ndim and len(x) == n]
         if not floats or (self.reads_are_free and all(math.isfinite(_plain(x).sum().item()) for x in floats)): return
-        self.bad = torch.stack([~_plain(x).flatten(1).sum(1).isfinite() for x in floats]).any(0)
+        self.bad = torch.stack([~_plain(x).reshape(n, -1).sum(1).isfinite() for x in floats]).any(0)
         zero = lambda x: torch.where(self.bad.view(-1, *[1]*(x.ndim-1)), 0., x) if any(x is f for f in floats) else x
         self.learn.xb = tuple(retain_type(zero(x), x) if isinstance(x, Tensor) else x for x in self.xb)
 
@@ -696,8 +717,20 @@ class PeersCallback(ColumnsCallback):
         if not self.told: warnings.warn(f"epoch {self.epoch}, batch {self.iter}: no item has a finite loss, or the gradients are not finite; the step is skipped, and so are others of this kind in this fit")
         self.told = True
 
+    def after_cancel_train(self): self.cut = True
+    def after_cancel_epoch(self): self.cut = True
+
+    def _check_delivery(self):
+        "Raise a `ValueError` if the loader has left out items of the order that it told"
+        bs = getattr(self.dl, 'bs', None)
+        if self.cut or self.pos is None or not isinstance(bs, int): return
+        told = len(self.pos)//bs*bs if getattr(self.dl, 'drop_last', False) else len(self.pos)
+        if self.at+self.n < told:
+            raise ValueError(f"the training loader gave {self.at+self.n} items of the {told} that it told, as where a SkipItemException leaves some out: which item is where in a batch is not known then, so take these items out of the data set")
+
     def after_train(self):
         self.listing.close()
+        self._check_delivery()
         self.figures = self._close_epoch(self.sightings.columns(self.device))
 
     def _close_epoch(self, seen):

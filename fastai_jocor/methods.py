@@ -42,7 +42,7 @@ class CoTeachingCallback(PeersCallback):
     "Train k peers, each on the small-loss items of the next one (Co-teaching, Han et al. 2018)"
     def __init__(self,
         k:int=2, # Number of peers, at least 2: a peer is taught by another
-        forget_rate:float=None, # Final share τ of each batch that is dropped, in [0, 1); `None`: the known noise rate of `dls.noise`
+        forget_rate=None, # Final share τ of each batch that is dropped, in [0, 1); `auto`: estimated from the first epochs; `None`: the known noise rate of `dls.noise`, or else `auto`
         num_gradual:int=None, # Epochs over which the forget rate rises to τ; `None`: 10, or more on small data, at most half of the run (`default_num_gradual`)
         exponent:float=1., # Exponent c > 0: the rise ends at τ**c
         **kwargs # `models`, `init`, `seed`, `restart`, `select`: see `PeersCallback`

@@ -13,6 +13,7 @@ __all__ = ['cifar10_classes', 'cifar100_superclasses', 'cifar100_classes', 'asym
 
 # %% ../nbs/03_noise.ipynb #a3476cc8
 import hashlib, os, pickle, zipfile, numpy as np, pandas as pd
+from numbers import Integral
 from fastai.basics import *
 from PIL import Image
 from fastai.data.block import CategoryBlock, TransformBlock
@@ -263,7 +264,9 @@ class _ClassNumbers:
         raise ValueError(f"map names class {o!r}, which is not among the {self.c} classes{names}")
 
 # %% ../nbs/03_noise.ipynb #97766993
-def _seed(seed, *names): return _hash64('/'.join(map(str, (int(seed),*names))))
+def _seed(seed, *names):
+    if isinstance(seed, bool) or not isinstance(seed, Integral): raise ValueError(f"seed={seed!r} must be an integer")
+    return _hash64('/'.join(map(str, (int(seed),*names))))
 
 def item_pixels(
     o, # File of an image, image, array, tensor or numbers

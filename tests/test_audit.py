@@ -214,6 +214,25 @@ def test_plots(trained):
     assert len(cb.plot_transition()) == 2
     plt.close('all')
 
+def test_pictures_of_suspects_of_which_nothing_is_known(trained):
+    learn,cb = trained
+    s = cb.suspects(4)
+    colors = lambda s: [a.title.get_color() for a in cb.plot_suspects(4, s)]
+    assert colors(s.assign(true=s.suggested)) == ['tab:green']*4
+    black = colors(s.drop(columns=['true','flipped']))
+    assert 'tab:green' not in black and len(set(black)) == 1
+    assert colors(s.assign(true=[s.suggested.iloc[0],'x','x','x'])) == ['tab:green',*black[1:]]
+    plt.close('all')
+
+def test_what_a_new_callback_answers():
+    cb = JoCorCallback()
+    for f in (cb.transition, cb.plot_transition, lambda: cb.ledger):
+        with pytest.raises(ValueError, match='train with it first'): f()
+
+@pytest.mark.parametrize('watch', ([.5], 5, 'ab', [True]))
+def test_what_cannot_be_watched(watch):
+    with pytest.raises(ValueError, match='watch='): JoCorCallback(watch=watch)
+
 @pytest.mark.parametrize('watch', ([-1],[5000]))
 def test_watching_what_is_not_there(watch):
     learn = digits()
@@ -570,6 +589,43 @@ def test_an_audit_of_a_folder(audited):
     assert "'=zero" in text and all(r['picture'].startswith('data:image/jpeg;base64,') for r in data['rows'])
     assert names['c1'] in set(s.given) and '<script>alert' not in (out/'suspects.html').read_text(encoding='utf-8')
 
+def test_cleaned_takes_no_table_of_other_items(trained, pictures, tmp_path):
+    learn,cb = trained
+    dls,s = learn.dls,cb.suspects()
+    s.to_csv(tmp_path/'s.csv')
+    with pytest.raises(ValueError, match='at position 0 of the training set'): cleaned(dls, s.reset_index(drop=True), 'relabel')
+    again = cleaned(dls, pd.read_csv(tmp_path/'s.csv', dtype=dict(suggested=str)))
+    assert again.noise.flipped.tolist() == cleaned(dls, s).noise.flipped.tolist() and again.noise.rate < .5*dls.noise.rate
+    with pytest.raises(ValueError, match="no column 'suggested'"): cleaned(dls, s.drop(columns='suggested'), 'relabel')
+    split = lambda seed: DataBlock((ImageBlock,CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=RandomSplitter(seed=seed)).dataloaders(pictures, bs=32)
+    one,two = split(1),split(2)
+    t = pd.DataFrame(dict(item=[str(one.train_ds.items[i]) for i in (5,9)], suggested=[one.vocab[0]]*2), index=[5,9])
+    assert len(cleaned(one, t).train_ds) == len(one.train_ds)-2
+    with pytest.raises(ValueError, match='of another split'): cleaned(two, t)
+
+def test_cleaned_text():
+    from fastai.text.all import TextDataLoaders
+    df = pd.DataFrame(dict(text=['alpha beta','gamma delta','beta beta','delta gamma']*20, label=['c0','c1']*40, is_valid=[False]*60+[True]*20))
+    dls = TextDataLoaders.from_df(df, text_col='text', label_col='label', valid_col='is_valid', bs=8, seq_len=8)
+    given = [int(dls.train_ds[i][1]) for i in range(60)]
+    s = pd.DataFrame(dict(suggested=['c0','c1']), index=[1,2])
+    assert [int(cleaned(dls, s, 'relabel').train_ds[i][1]) for i in range(60)] == [given[0],0,1,*given[3:]]
+    new = cleaned(dls, s)
+    assert len(new.train_ds) == 58 and list(new.train_ds.tls[1].vocab) == ['c0','c1'] and [int(new.train_ds[i][1]) for i in range(58)] == [given[0],*given[3:]]
+
+def test_apply_keeps_the_columns_of_the_list(tmp_path):
+    source = csv_of(tmp_path, 'name,fold,cls\na.png,0,x\nb.png,1,y\nc.png,0,x\n')
+    pd.DataFrame(dict(item=['a.png','b.png'], given=['x','y'], suggested=['y','x'], decision=['relabel','drop'])).to_csv(tmp_path/'r.csv', index=False)
+    run_audit(source, file_col='name', label_col='cls', apply=str(tmp_path/'r.csv'), out=str(tmp_path/'new'))
+    assert (tmp_path/'new'/'cleaned.csv').read_text() == 'name,fold,cls\na.png,0,y\nc.png,0,x\n'
+    r = read_table(tmp_path/'r.csv')
+    with pytest.raises(ValueError, match='more than once'): apply_reviewed(read_labels(source, None, 'name', 'cls'), pd.concat([r, r[:1]]))
+
+@pytest.mark.parametrize('kw', (dict(n=-1), dict(epochs=0), dict(size=0), dict(bs=0), dict(k=0), dict(seed=-1)))
+def test_an_audit_refuses_numbers_before_it_trains(kw, audited, tmp_path):
+    with pytest.raises(SystemExit, match=f'{list(kw)[0]}='): run_audit(audited[0], out=str(tmp_path/'out'), **kw)
+    assert not (tmp_path/'out').exists()
+
 def test_apply(audited, tmp_path, capsys):
     root,names,out = audited
     s = read_table(out/'suspects.csv')
@@ -606,14 +662,21 @@ def test_an_interrupted_audit_goes_on(wrong_pictures, tmp_path, capsys, monkeypa
         assert (tmp_path/'cut'/'models'/'audit_1.pth').exists() and not (tmp_path/'cut'/'suspects.csv').exists()
         monkeypatch.undo()
         run_audit(tmp_path/'l.csv', out=str(tmp_path/'cut'), **args)
+        page = m.audit_page
+        monkeypatch.setattr(m, 'audit_page', lambda *a: 1/0)
+        with pytest.raises(ZeroDivisionError): run_audit(tmp_path/'l.csv', out=str(tmp_path/'late'), **args)
+        monkeypatch.setattr(m, 'audit_page', page)
+        run_audit(tmp_path/'l.csv', out=str(tmp_path/'late'), **args)
         run_audit(tmp_path/'l.csv', out=str(tmp_path/'resnet'), real=True, **merge(args, dict(epochs=1)))
     assert len(page_data(tmp_path/'resnet')['bad']) == 0
-    assert 'going on after epoch 1' in capsys.readouterr().out
-    assert (tmp_path/'cut'/'suspects.csv').read_bytes() == (tmp_path/'whole'/'suspects.csv').read_bytes()
+    out = capsys.readouterr().out
+    assert 'going on after epoch 1' in out and 'going on after epoch 2' in out
+    for o in ('cut','late'): assert (tmp_path/o/'suspects.csv').read_bytes() == (tmp_path/'whole'/'suspects.csv').read_bytes()
 
 @pytest.mark.parametrize('make,msg', [
     (lambda d: d/'nowhere','does not exist'), (lambda d: d,'holds no images in folders'),
     (lambda d: csv_of(d, 'file,label\na.png,x\na.png,y\n'),'names 1 files more than once'), (lambda d: csv_of(d, 'file,label\na.png,x\nb.png,x\n'),'holds 1 class'),
+    (lambda d: csv_of(d, 'file,label\na.png,x\nb.png,\nc.png,y\n'),"no label to 1 of 3 files, such as 'b.png'"), (lambda d: csv_of(d, 'file,label\na.png,x\nb.png,x \n'),"spaces around them, such as 'x '"),
     (lambda d: csv_of(d, 'image,label\na.png,x\n'),"has no column 'file'"), (lambda d: csv_of(d, 'file,label\na.png,x\nb.png,y\n'),'cannot be read')])
 def test_bad_input(tmp_path, make, msg):
     with pytest.raises(SystemExit, match=msg): run_audit(make(tmp_path), out=str(tmp_path/'out'))

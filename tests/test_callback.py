@@ -1,5 +1,5 @@
 "JoCorCallback on real learners: against a loop written out, through a learner's life, and when things go wrong."
-import copy, numpy as np, pytest, torch
+import copy, numpy as np, pandas as pd, pytest, torch
 import torch.nn.functional as F
 from fastai.vision.all import (Adam, Callback, CrossEntropyLossFlat, CutMix, DataBlock, DataLoader, DataLoaders, ImageBlock, L, Learner, MixUp, PILImage, RandomSplitter, accuracy, get_image_files, load_learner, nn, params, parent_label, partial, plt, resnet18, vision_learner)
 from fastai_jocor.all import *
@@ -349,3 +349,83 @@ def test_autocast_in_bfloat16():
     learn.fit(10, 1e-2, cbs=[JoCorCallback(k=2), AutocastBF16(), See()])
     assert set(dtypes[::2]) == {torch.bfloat16} and set(dtypes[1::2]) == {torch.float32} and learn.recorder.values[-1][2] > .6
     assert next(learn.model.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
+
+@pytest.mark.parametrize('other', (JoCorCallback, CoTeachingCallback))
+def test_two_methods_at_once_are_refused(other):
+    learn = digits(cbs=other(k=2))
+    model = learn.model
+    with pytest.raises(ValueError, match=f'has a {other.__name__} beside this|has a JoCorCallback beside this {other.__name__}'): learn.fit(1, cbs=JoCorCallback(k=2))
+    assert learn.model is model
+    learn.fit(1, 1e-3)
+
+def test_lr_find_keeps_what_was_learned_of_the_items():
+    learn = digits(noise=None, cbs=(cb := JoCorCallback(k=2, forget_rate='auto', restart=True)))
+    learn.fit(4, 1e-3)
+    before,estimate,rows = cb.ledger,cb.estimate,cb.history
+    assert estimate is not None
+    learn.lr_find(num_it=15, show_plot=False)
+    pd.testing.assert_frame_equal(cb.ledger, before)
+    assert cb.estimate is estimate and cb.history.equals(rows) and cb.done == 4
+    learn.fit(1, 1e-3)
+    assert (cb.ledger.seen <= 1).all()
+
+def test_a_callback_for_another_learner_starts_over():
+    cb,new = JoCorCallback(k=2, forget_rate=.4, num_gradual=4, seed=0),JoCorCallback(k=2, forget_rate=.4, num_gradual=4, seed=0)
+    digits(seed=1).fit(4, 1e-3, cbs=cb)
+    with pytest.warns(UserWarning, match='has trained another model'): digits().fit(3, 1e-3, cbs=cb)
+    digits().fit(3, 1e-3, cbs=new)
+    pd.testing.assert_frame_equal(cb.ledger, new.ledger)
+    assert cb.history.forget_rate.tolist()[4:] == new.history.forget_rate.tolist()
+
+@pytest.mark.filterwarnings('error:.*has trained another')
+def test_a_callback_goes_on_with_its_own_learner():
+    learn,cb = digits(),JoCorCallback(k=2, forget_rate=.4, num_gradual=4)
+    for _ in range(2): learn.fit(2, 1e-3, cbs=cb)
+    assert cb.history.forget_rate.is_monotonic_increasing and cb.ledger.seen.max() == 4
+
+def test_an_interrupted_learner_can_be_exported(tmp_path):
+    learn = digits(cbs=JoCorCallback(k=2))
+    learn.path = tmp_path
+    stop = Stop('after_loss', KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt): learn.fit(3, 1e-3, cbs=stop)
+    learn.export()
+    assert load_learner(tmp_path/'export.pkl').model.k == 2
+    learn.fit(1, 1e-3)
+
+def test_a_missing_number_among_the_inputs():
+    x,z,y = torch.randn(96,8),torch.randn(96),torch.randint(0,4,(96,))
+    z[[3,40]] = float('nan')
+    class Two(nn.Module):
+        def __init__(self): super().__init__(); self.l = nn.Linear(9,4)
+        def forward(self, x, z): return self.l(torch.cat([x, z[:,None]], 1))
+    dl = DataLoader(list(zip(x, z, y)), bs=32, shuffle=True)
+    learn = quiet(Learner(DataLoaders(dl, dl), Two(), loss_func=CrossEntropyLossFlat()))
+    learn.dls.n_inp = 2
+    learn.fit(2, cbs=(cb := JoCorCallback(k=2, forget_rate=.1, models=Two)))
+    assert cb.history.non_finite.tolist() == [2,2] and all(p.isfinite().all() for p in learn.model.parameters())
+
+def skipping(bad, n=96, **kw):
+    from fastai.data.load import SkipItemException
+    x,y = torch.randn(n,8),torch.randint(0,4,(n,))
+    class Items:
+        def __len__(self): return n
+        def __getitem__(self, i):
+            if i in bad: raise SkipItemException()
+            return x[i],y[i]
+    return quiet(Learner(DataLoaders(DataLoader(Items(), bs=32, shuffle=True, **kw), DataLoader(list(zip(x,y)), bs=32)), nn.Linear(8,4), loss_func=CrossEntropyLossFlat()))
+
+@pytest.mark.parametrize('bad', ((5,),(0,50,95)))
+def test_items_that_a_loader_leaves_out(bad):
+    with pytest.raises(ValueError, match=f'gave {96-len(bad)} items of the 96'): skipping(bad).fit(2, cbs=JoCorCallback(k=2, forget_rate=.1))
+
+@pytest.mark.parametrize('n,drop_last', ((96,False),(90,False),(90,True),(20,False)))
+def test_items_that_are_all_there(n, drop_last):
+    learn = skipping((), n, drop_last=drop_last)
+    learn.fit(2, cbs=(cb := JoCorCallback(k=2, forget_rate=.1)))
+    assert len(cb.history) == 2
+
+def test_an_epoch_that_was_cut_short():
+    from fastai.callback.training import ShortEpochCallback
+    learn = digits()
+    learn.fit(2, 1e-3, cbs=[ShortEpochCallback(pct=.3), cb := JoCorCallback(k=2)])
+    assert len(cb.history) == 2
