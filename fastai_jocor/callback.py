@@ -669,6 +669,7 @@ class PeersCallback(ColumnsCallback):
         if self.item_loss is _unknown:
             self._check_batch(logits[0].detach(), [_plain(o) for o in learn.yb])
             self.peers.multi_label = self.multi_label
+        elif self.reads_are_free and not self.multi_label: self._check_classes(logits[0], targ)
         loss,kept,losses,logits = self._batch_loss(logits, targ, self.rate if self.pruned is None else 0.)
         self.last_loss = torch.where(loss.isfinite(), loss, self.last_loss).detach().float()
         learn.loss_grad,learn.loss = loss,self.last_loss
@@ -719,6 +720,7 @@ class PeersCallback(ColumnsCallback):
 
     def after_cancel_train(self): self.cut = True
     def after_cancel_epoch(self): self.cut = True
+    def after_cancel_batch(self): self.cut = True
 
     def _check_delivery(self):
         "Raise a `ValueError` if the loader has left out items of the order that it told"
@@ -795,7 +797,7 @@ class JoCorCallback(PeersCallback):
     "Train k peers by one joint loss on the items on which they agree with the label and with each other (JoCoR, Wei et al. 2020)"
     def __init__(self,
         k:int=2, # Number of peers, at least 1; 1 is small-loss training of a single network
-        co_lambda:float=0.8, # Weight λ of the contrast against the cross-entropy, in [0, 1]; the same meaning for any k and contrast
+        co_lambda:float=0.8, # Weight λ of the contrast against the cross-entropy, in [0, 1]; the same meaning for any k and contrast; rather 0.2 to 0.5 for hard pictures in few epochs
         forget_rate=None, # Final share τ of each batch that is dropped, in [0, 1); `auto`: estimated from the first epochs; `None`: the known noise rate of `dls.noise`, or else `auto`
         contrast:str='kl', # `kl`, `kl_circular`, `ce` or `ce_circular`
         num_gradual:int=None, # Epochs over which the forget rate rises to τ; `None`: 10, or more on small data, at most half of the run (`default_num_gradual`)

@@ -1,7 +1,7 @@
 "JoCorCallback on real learners: against a loop written out, through a learner's life, and when things go wrong."
 import copy, numpy as np, pandas as pd, pytest, torch
 import torch.nn.functional as F
-from fastai.vision.all import (Adam, Callback, CrossEntropyLossFlat, CutMix, DataBlock, DataLoader, DataLoaders, ImageBlock, L, Learner, MixUp, PILImage, RandomSplitter, accuracy, get_image_files, load_learner, nn, params, parent_label, partial, plt, resnet18, vision_learner)
+from fastai.vision.all import (Adam, Callback, CancelBatchException, CrossEntropyLossFlat, CutMix, DataBlock, DataLoader, DataLoaders, ImageBlock, L, Learner, MixUp, PILImage, RandomSplitter, accuracy, get_image_files, load_learner, nn, params, parent_label, partial, plt, resnet18, vision_learner)
 from fastai_jocor.all import *
 from learners import digits, digits64, quiet, Record
 
@@ -260,6 +260,17 @@ def test_bad_targets(y, msg):
     with pytest.raises(ValueError, match=msg): learn.fit(1, cbs=JoCorCallback(forget_rate=.1))
     assert learn.model is m
 
+@pytest.mark.parametrize('wrong', (-100, -1, 4))
+def test_a_bad_target_in_a_later_batch(wrong):
+    y = torch.randint(0,4,(96,))
+    y[90] = wrong
+    dl = DataLoader(list(zip(torch.randn(96,8), y)), bs=32)
+    learn = quiet(Learner(DataLoaders(dl, dl), nn.Linear(8,4), loss_func=CrossEntropyLossFlat()))
+    with pytest.raises(ValueError, match=r'must lie in \[0, 4\)'): learn.fit(1, cbs=JoCorCallback(forget_rate=.1))
+    y[90] = 0
+    learn.dls = DataLoaders(*[DataLoader(list(zip(torch.randn(96,8), y)), bs=32)]*2)
+    learn.fit(1, cbs=JoCorCallback(forget_rate=.1))
+
 def test_bad_loss_and_model():
     y = torch.randint(0,4,(96,))
     with pytest.raises(ValueError, match='cannot be reduced per sample'): tensor_learner(y, loss=lambda z,y: F.cross_entropy(z,y)).fit(1, cbs=JoCorCallback(forget_rate=.1))
@@ -428,4 +439,13 @@ def test_an_epoch_that_was_cut_short():
     from fastai.callback.training import ShortEpochCallback
     learn = digits()
     learn.fit(2, 1e-3, cbs=[ShortEpochCallback(pct=.3), cb := JoCorCallback(k=2)])
+    assert len(cb.history) == 2
+
+def test_a_last_batch_that_was_cancelled():
+    class Cancel(Callback):
+        order = -9
+        def before_batch(self):
+            if self.training and self.iter == self.n_iter-1: raise CancelBatchException()
+    learn = digits()
+    learn.fit(2, 1e-3, cbs=[Cancel(), cb := JoCorCallback(k=2)])
     assert len(cb.history) == 2
