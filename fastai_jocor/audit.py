@@ -34,8 +34,8 @@ def _items_of(ds, n):
 
 def _by_name(codes, vocab):
     "Class names of class indices; `None` for -1"
-    names = np.array([*(vocab if vocab is not None else range(int(max(codes.max(initial=0), 0))+1)), None], dtype=object)
-    return names[np.asarray(codes)]
+    codes = np.asarray(codes)
+    return np.array([*(range(codes.max(initial=0)+1) if vocab is None else vocab), None], dtype=object)[codes]
 
 @patch(as_prop=True)
 def ledger(self:PeersCallback)->pd.DataFrame: # A row an item
@@ -593,8 +593,7 @@ def jocor_audit(
             new = apply_reviewed(df, read_table(apply))
             if (out/'cleaned.csv').exists() and (out/'cleaned.csv').resolve() == Path(source).resolve(): raise ValueError(f"out={str(out)!r} would write over {source}: name another folder")
             out.mkdir(parents=True, exist_ok=True)
-            if Path(source).is_file(): whole = read_table(source).loc[new.index].assign(**{label_col: new.label})
-            else: whole = new
+            whole = read_table(source).loc[new.index].assign(**{label_col: new.label}) if Path(source).is_file() else new
             whole.rename(columns=safe_cell).map(safe_cell).to_csv(out/'cleaned.csv', index=False)
             both = df.set_index('file').label.reindex(new.file)
             return print(f"{len(df)-len(new)} dropped, {int((both.to_numpy() != new.label.to_numpy()).sum())} relabelled, {len(new)} left: {out/'cleaned.csv'}")

@@ -133,21 +133,34 @@ def epoch_idxs(
 
 def _lasts(idxs): return isinstance(idxs, (list,tuple,L,np.ndarray,Tensor))
 
+class _Listed:
+    "Give a loader's order as a list"
+    def __init__(self, get, n): self.get,self.n = get,n
+    def __call__(self):
+        idxs = self.get()
+        return idxs if _lasts(idxs) else list(itertools.islice(idxs, self.n))
+
+class _EveryItem:
+    "Load items as a loader does, but refuse to leave one out: the batches would not be of the items that the order tells"
+    def __init__(self, load): self.load = load
+    def __call__(self, i):
+        item = self.load(i)
+        if item is None: raise ValueError(f"the training loader leaves out item {i}, as by a SkipItemException, and so no longer tells which items are in a batch: take such items out of the data set")
+        return item
+
 @contextmanager
 def listed_idxs(
     dl # A loader that is about to be iterated over
 ):
-    "Let a loader that gives its order as an iterator, which can be read only once, give it as a list"
-    get,own = getattr(dl, 'get_idxs', None),vars(dl).get('get_idxs')
+    "Let a loader that gives its order as an iterator, which can be read only once, give it as a list, and raise a `ValueError` where it would leave out an item of it"
+    get,load,own = getattr(dl, 'get_idxs', None),getattr(dl, 'do_item', None),{n: o for n,o in vars(dl).items() if n in ('get_idxs','do_item')}
     if get is None or getattr(dl, 'n', None) is None: yield; return
-    def as_list():
-        idxs = get()
-        return idxs if _lasts(idxs) else list(itertools.islice(idxs, dl.n))
-    dl.get_idxs = as_list
+    dl.get_idxs = _Listed(get, dl.n)
+    if load is not None: dl.do_item = _EveryItem(load)
     try: yield
     finally:
-        if own is None: del dl.get_idxs
-        else: dl.get_idxs = own
+        for n in ('get_idxs','do_item'): vars(dl).pop(n, None)
+        vars(dl).update(own)
 
 @contextmanager
 def same_random_states(
@@ -482,7 +495,7 @@ class PeersCallback(ColumnsCallback):
         self.reads_are_free = self._reads_are_free()
         self._open_ledger()
         self.flags = self._clean_flags()
-        self.last_loss,self.told,self.cut = torch.zeros((), device=self.device),False,False
+        self.last_loss,self.told = torch.zeros((), device=self.device),False
         if self.resume is not None and self.start >= self.n_epoch: self._take_up(self.resume, self.start)
         self.opt.zero_grad()
         self.learn._call_one = partial(call_defined, self.learn)
@@ -614,7 +627,7 @@ class PeersCallback(ColumnsCallback):
 
     def before_train(self):
         if self.resume is not None: self._take_up(self.resume, self.epoch)
-        self.cut,self.rate,self.pos,self.repeated,self.sightings = False,float(self.schedule[self.epoch]),None,None,Sightings()
+        self.rate,self.pos,self.repeated,self.sightings = float(self.schedule[self.epoch]),None,None,Sightings()
         self.listing.close()
         self.listing.enter_context(listed_idxs(self.dl))
 
@@ -718,21 +731,8 @@ class PeersCallback(ColumnsCallback):
         if not self.told: warnings.warn(f"epoch {self.epoch}, batch {self.iter}: no item has a finite loss, or the gradients are not finite; the step is skipped, and so are others of this kind in this fit")
         self.told = True
 
-    def after_cancel_train(self): self.cut = True
-    def after_cancel_epoch(self): self.cut = True
-    def after_cancel_batch(self): self.cut = True
-
-    def _check_delivery(self):
-        "Raise a `ValueError` if the loader has left out items of the order that it told"
-        bs = getattr(self.dl, 'bs', None)
-        if self.cut or self.pos is None or not isinstance(bs, int): return
-        told = len(self.pos)//bs*bs if getattr(self.dl, 'drop_last', False) else len(self.pos)
-        if self.at+self.n < told:
-            raise ValueError(f"the training loader gave {self.at+self.n} items of the {told} that it told, as where a SkipItemException leaves some out: which item is where in a batch is not known then, so take these items out of the data set")
-
     def after_train(self):
         self.listing.close()
-        self._check_delivery()
         self.figures = self._close_epoch(self.sightings.columns(self.device))
 
     def _close_epoch(self, seen):

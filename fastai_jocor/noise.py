@@ -116,6 +116,7 @@ class LabelNoise:
         items=None # The items themselves, for noise that depends on them
     )->np.ndarray: # Labels after corruption, shape (n,), int64
         "Corrupt each label; a `ValueError` says why where no label can be corrupted"
+        check_number('seed', seed, lambda v: isinstance(v, Integral), 'be an integer')
         y,n = check_labels(labels, _n_classes(classes)),len(labels)
         for name,o in (('keys',keys),('items',items)):
             if o is not None and len(o) != n: raise ValueError(f"{name} holds {len(o)} entries for {n} labels: one each")
@@ -264,9 +265,7 @@ class _ClassNumbers:
         raise ValueError(f"map names class {o!r}, which is not among the {self.c} classes{names}")
 
 # %% ../nbs/03_noise.ipynb #97766993
-def _seed(seed, *names):
-    if isinstance(seed, bool) or not isinstance(seed, Integral): raise ValueError(f"seed={seed!r} must be an integer")
-    return _hash64('/'.join(map(str, (int(seed),*names))))
+def _seed(seed, *names): return _hash64('/'.join(map(str, (int(seed),*names))))
 
 def item_pixels(
     o, # File of an image, image, array, tensor or numbers

@@ -3,7 +3,7 @@ import copy, math, os, shutil, subprocess, sys, warnings, numpy as np, pandas as
 import matplotlib; matplotlib.use('agg')
 import matplotlib.pyplot as plt
 from pathlib import Path
-from fastai.vision.all import (Callback, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, Datasets, GradientAccumulation, ImageBlock, L, Learner, PILImage, ProgressCallback, RandomSplitter,
+from fastai.vision.all import (Callback, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoader, DataLoaders, Datasets, GradientAccumulation, ImageBlock, L, Learner, PILImage, ProgressCallback, RandomSplitter,
     TfmdDL, accuracy, get_image_files, merge, nn, noop, parent_label, set_seed)
 from hypothesis import given, strategies as st
 from fastai.callback.data import WeightedDL
@@ -223,6 +223,12 @@ def test_pictures_of_suspects_of_which_nothing_is_known(trained):
     assert 'tab:green' not in black and len(set(black)) == 1
     assert colors(s.assign(true=[s.suggested.iloc[0],'x','x','x'])) == ['tab:green',*black[1:]]
     plt.close('all')
+
+def test_classes_without_names():
+    x,y = torch.randn(96,8),torch.randint(0,4,(96,))
+    dl = DataLoader(list(zip(x, y)), bs=32)
+    quiet(Learner(DataLoaders(dl, dl), nn.Linear(8,4), loss_func=CrossEntropyLossFlat())).fit(2, cbs=(cb := JoCorCallback(k=2, forget_rate=.1)))
+    assert cb.ledger.given.tolist() == y.tolist() and set(cb.ledger.vote) <= set(range(4))
 
 def test_what_a_new_callback_answers():
     cb = JoCorCallback()

@@ -287,10 +287,10 @@ def test_workers_use_the_method_as_it_is_now(tmp_path, monkeypatch):
     assert seen[0] is old and seen[1] is new
 
 def test_compare_keeps_apart_what_is_not_a_seed():
-    row = lambda noise, seed, acc, **kw: dict(name='jocor k=2', noise=noise, seed=seed, ensemble_accuracy=acc, peer_accuracy=acc, best_accuracy=acc, co_lambda=.8) | kw
+    row = lambda noise, seed, acc: dict(name='jocor k=2', noise=noise, seed=seed, ensemble_accuracy=acc, peer_accuracy=acc, best_accuracy=acc, co_lambda=.8)
     one = compare(pd.DataFrame([row('none',0,.9), row('none',1,.8)]))
     assert list(one.index) == ['jocor k=2'] and one.index.name == 'method' and one['test accuracy'].item() == '85.00 ± 7.07'
-    two = compare(pd.DataFrame([row('none',0,.9), row('none',1,.8), row('symmetric:0.8',0,.4), row('symmetric:0.8',1,.4, co_lambda=.8)]))
+    two = compare(pd.DataFrame([row('none',0,.9), row('none',1,.8), row('symmetric:0.8',0,.4), row('symmetric:0.8',1,.4)]))
     assert list(two.index) == [('jocor k=2','none'),('jocor k=2','symmetric:0.8')] and list(two['single peers']) == ['85.00 ± 7.07','40.00 ± 0.00'] and two.index.names == ['method','noise']
 
 def test_two_runs_never_share_a_folder(tmp_path):

@@ -1,5 +1,5 @@
 "JoCorCallback on real learners: against a loop written out, through a learner's life, and when things go wrong."
-import copy, numpy as np, pandas as pd, pytest, torch
+import copy, subprocess, sys, numpy as np, pandas as pd, pytest, torch
 import torch.nn.functional as F
 from fastai.vision.all import (Adam, Callback, CancelBatchException, CrossEntropyLossFlat, CutMix, DataBlock, DataLoader, DataLoaders, ImageBlock, L, Learner, MixUp, PILImage, RandomSplitter, accuracy, get_image_files, load_learner, nn, params, parent_label, partial, plt, resnet18, vision_learner)
 from fastai_jocor.all import *
@@ -425,9 +425,12 @@ def skipping(bad, n=96, **kw):
             return x[i],y[i]
     return quiet(Learner(DataLoaders(DataLoader(Items(), bs=32, shuffle=True, **kw), DataLoader(list(zip(x,y)), bs=32)), nn.Linear(8,4), loss_func=CrossEntropyLossFlat()))
 
-@pytest.mark.parametrize('bad', ((5,),(0,50,95)))
-def test_items_that_a_loader_leaves_out(bad):
-    with pytest.raises(ValueError, match=f'gave {96-len(bad)} items of the 96'): skipping(bad).fit(2, cbs=JoCorCallback(k=2, forget_rate=.1))
+@pytest.mark.parametrize('kw', ({}, dict(drop_last=True), dict(num_workers=2)))
+@pytest.mark.parametrize('bad', ((5,),(0,50,89)))
+def test_items_that_a_loader_leaves_out(bad, kw):
+    learn = skipping(bad, 90, **kw)
+    with pytest.raises(ValueError, match=f"leaves out item ({'|'.join(map(str, bad))}),"): learn.fit(2, cbs=JoCorCallback(k=2, forget_rate=.1))
+    assert not {'do_item','get_idxs'} & set(vars(learn.dls.train))
 
 @pytest.mark.parametrize('n,drop_last', ((96,False),(90,False),(90,True),(20,False)))
 def test_items_that_are_all_there(n, drop_last):
@@ -449,3 +452,24 @@ def test_a_last_batch_that_was_cancelled():
     learn = digits()
     learn.fit(2, 1e-3, cbs=[Cancel(), cb := JoCorCallback(k=2)])
     assert len(cb.history) == 2
+
+SPAWN = """
+import multiprocessing
+from fastai.vision.all import *
+from fastai_jocor.all import *
+class Items:
+    def __len__(self): return 90
+    def __getitem__(self, i): return torch.full((8,), i/90), torch.tensor(i%4)
+if __name__ == '__main__':
+    multiprocessing.set_start_method('spawn')
+    dls = DataLoaders(DataLoader(Items(), bs=32, shuffle=True, num_workers=2), DataLoader(Items(), bs=32))
+    learn = Learner(dls, nn.Linear(8,4), loss_func=CrossEntropyLossFlat())
+    learn.remove_cb(ProgressCallback); learn.logger = noop
+    learn.fit(1, cbs=(cb := JoCorCallback(k=2, forget_rate=.1)))
+    assert cb.ledger.seen.tolist() == [1]*90 and cb.items.given.tolist() == [i%4 for i in range(90)]
+"""
+
+def test_loader_processes_that_are_not_forked(tmp_path):
+    (tmp_path/'train.py').write_text(SPAWN)
+    p = subprocess.run([sys.executable, '-W', 'ignore', tmp_path/'train.py'], capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr

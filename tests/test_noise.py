@@ -317,3 +317,7 @@ def test_plot_noise():
     assert np.allclose(ax.images[0].get_array(), rec.matrix)
     assert not plot_noise(NoiseRecord(np.arange(50), np.arange(50), 50)).texts
     plt.close('all')
+
+@pytest.mark.parametrize('seed', (None, 1.5, '1', True))
+def test_a_seed_that_is_none(seed):
+    with pytest.raises(ValueError, match='seed='): Symmetric(.2).corrupt(np.arange(10), 10, seed)
