@@ -1,0 +1,72 @@
+"Files that are whole or absent, cells that are safe in a spreadsheet, ledgers in files."
+import os, sys, tempfile, numpy as np, pandas as pd, pytest
+from hypothesis import given, strategies as st
+from fastai_jocor.files import (load_ledger, plain_cell, read_table, safe_cell, save_ledger, write_aside,
+                                write_table, write_text)
+
+def test_an_old_file_survives_until_the_new_one_is_whole(tmp_path):
+    file = tmp_path/'f.txt'
+    write_text(file, 'old\n')
+    with pytest.raises(KeyboardInterrupt), write_aside(file) as part:
+        part.write_text('new')
+        assert file.read_text() == 'old\n' and part.parent == tmp_path
+        raise KeyboardInterrupt
+    assert file.read_text() == 'old\n' and os.listdir(tmp_path) == ['f.txt']
+    write_text(file, 'new\r\n')
+    assert file.read_bytes() == b'new\r\n' and os.listdir(tmp_path) == ['f.txt']
+
+text = st.text(st.characters(exclude_categories=['Cs'], exclude_characters='\x00'), max_size=12)
+
+@given(st.lists(text, max_size=8))
+def test_cells_are_safe_and_come_back(names):
+    assert [plain_cell(safe_cell(o)) for o in names] == names
+    assert not any(safe_cell(o).startswith(tuple('=+-@\t\r\n')) for o in names)
+
+@given(st.lists(text.filter(lambda s: '\r' not in s), min_size=1, max_size=8))
+def test_tables_come_back(names):
+    with tempfile.TemporaryDirectory() as tmp:
+        write_table(pd.DataFrame({'=name': names, 'n': 1.5}), f'{tmp}/t.csv', index=False)
+        assert open(f'{tmp}/t.csv').readline() == "'=name,n\n"
+        t = read_table(f'{tmp}/t.csv')
+    assert t['=name'].tolist() == names and t.n.tolist() == ['1.5']*len(names)
+
+@pytest.fixture
+def ledger():
+    "A ledger of nine items as `cb.ledger` gives it, with one that was never seen"
+    rs = np.random.RandomState(0)
+    label = lambda: rs.choice(['=a', 'b', 'NA'], 9).astype(object)
+    f = pd.DataFrame(dict(item=range(9), given_label=label(), predicted_label=label(), true_label=label()))
+    f['flipped'] = f.given_label != f.true_label
+    f['seen'] = np.int32([*range(1, 9), 0])
+    for name in ('kept', 'loss', 'prob', 'conf'): f[name] = rs.rand(9)
+    for name in ('last_loss', 'recent_loss'): f[name] = rs.randn(9).astype(np.float32)
+    f.loc[8, ['predicted_label']] = None
+    f.loc[8, ['loss', 'prob', 'last_loss']] = np.nan
+    return f.rename_axis('position')
+
+@pytest.mark.parametrize('ending', ('csv', 'parquet'))
+def test_a_ledger_in_a_file(ledger, tmp_path, ending):
+    if ending == 'parquet': pytest.importorskip('pyarrow')
+    save_ledger(ledger, tmp_path/f'l.{ending}')
+    got = load_ledger(tmp_path/f'l.{ending}')
+    want = ledger.assign(item=ledger['item'].astype(str))
+    pd.testing.assert_frame_equal(got, want, check_dtype=False, check_exact=True)
+    assert got.flipped.dtype == bool and got.seen.dtype.kind == 'i' and got.last_loss.dtype == np.float32
+    for f in (load_ledger, lambda file: save_ledger(ledger, file)):
+        with pytest.raises(ValueError, match="l.txt' must end in .parquet or .csv"): f(tmp_path/'l.txt')
+
+def test_parquet_as_others_write_and_read_it(ledger, tmp_path):
+    pa,pq = pytest.importorskip('pyarrow'),pytest.importorskip('pyarrow.parquet')
+    save_ledger(ledger, tmp_path/'l.parquet')
+    t = pq.read_table(tmp_path/'l.parquet')
+    assert t.num_rows == 9 and t.column('item').to_pylist() == [str(o) for o in ledger['item']]
+    assert t.column('position').to_pylist() == list(range(9))
+    assert t.schema.field('last_loss').type == pa.float32() and t.schema.field('flipped').type == pa.bool_()
+    (tmp_path/'broken.parquet').write_bytes(b'no parquet')
+    with pytest.raises(pa.ArrowInvalid): load_ledger(tmp_path/'broken.parquet')
+
+def test_parquet_without_pyarrow(ledger, tmp_path, monkeypatch):
+    for o in ('pyarrow', 'fastparquet'): monkeypatch.setitem(sys.modules, o, None)
+    for f in (load_ledger, lambda file: save_ledger(ledger, file)):
+        with pytest.raises(ImportError, match='needs pyarrow, .*: pip install pyarrow'): f(tmp_path/'l.parquet')
+    assert os.listdir(tmp_path) == []
