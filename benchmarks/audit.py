@@ -29,7 +29,7 @@ from fastai.vision.all import Callback, ChannelsLast, Learner, ProgressCallback,
 from sklearn.metrics import average_precision_score, precision_recall_curve
 from sklearn.model_selection import StratifiedKFold
 from fastai_jocor.all import *
-from fastai_jocor.bench import fast_adam, machine
+from fastai_jocor.lab.run import fast_adam, machine
 
 RESULTS = Path(__file__).resolve().parent/'results'
 NOISES = dict(mnist=('symmetric:0.2','symmetric:0.5','asymmetric:0.4'), cifar=('aggre','worse'))

@@ -5,7 +5,8 @@
 """
 from pathlib import Path
 from fastcore.script import call_parse
-from fastai_jocor.bench import RunConfig, run_grid
+from fastai_jocor.lab.config import RunConfig
+from fastai_jocor.lab.grid import run_grid
 
 RESULTS = Path(__file__).resolve().parent/'results'
 SHORT = dict(bs=64, epochs=40, schedule='one_cycle')

@@ -12,7 +12,7 @@ from pathlib import Path
 from fastcore.script import call_parse
 from fastai.vision.all import Callback, Learner, ProgressCallback, noop
 from fastai_jocor.all import *
-from fastai_jocor.bench import fast_adam, machine
+from fastai_jocor.lab.run import fast_adam, machine
 
 RESULTS = Path(__file__).resolve().parent/'results'
 

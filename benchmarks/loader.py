@@ -11,7 +11,7 @@ from PIL import Image
 from fastcore.script import call_parse
 from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, IndexSplitter, Normalize, PILImage, cifar_stats, get_image_files, parent_label
 from torchvision import transforms as T
-from fastai_jocor.bench import machine
+from fastai_jocor.lab.run import machine
 from fastai_jocor.data import CropFlip, InMemoryDataLoaders
 
 RESULTS = Path(__file__).resolve().parent/'results'

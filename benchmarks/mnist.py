@@ -7,7 +7,8 @@ FOLDER holds MNIST/raw, torchvision's layout. Finished runs under benchmarks/res
 """
 from pathlib import Path
 from fastcore.script import call_parse
-from fastai_jocor.bench import RunConfig, run_grid
+from fastai_jocor.lab.config import RunConfig
+from fastai_jocor.lab.grid import run_grid
 
 RESULTS = Path(__file__).resolve().parent/'results'
 

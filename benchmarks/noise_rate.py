@@ -12,7 +12,7 @@ from pathlib import Path
 from fastcore.script import call_parse
 from fastai.vision.all import Callback, CancelFitException, ChannelsLast, Learner, ProgressCallback, noop, set_seed
 from fastai_jocor.all import *
-from fastai_jocor.bench import fast_adam
+from fastai_jocor.lab.run import fast_adam
 from audit import NOISES
 
 RESULTS = Path(__file__).resolve().parent/'results'

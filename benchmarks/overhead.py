@@ -12,7 +12,7 @@ import copy, json, statistics, subprocess, sys, time, numpy as np, torch
 from pathlib import Path
 from fastcore.script import call_parse
 from fastai.vision.all import Callback, Learner, ProgressCallback, noop
-from fastai_jocor.bench import fast_adam, machine
+from fastai_jocor.lab.run import fast_adam, machine
 from fastai_jocor.callback import JoCorCallback
 from fastai_jocor.data import InMemoryDataLoaders, jocor_cnn
 from fastai_jocor.noise import Symmetric

@@ -19,7 +19,8 @@ from fastcore.script import call_parse
 from fastai.vision.all import Callback
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastai_jocor.all import *
-from fastai_jocor.bench import Method, RunConfig, methods, run_grid
+from fastai_jocor.lab.config import Method, RunConfig, methods
+from fastai_jocor.lab.grid import run_grid
 from fastai_jocor.losses import contrasts, n_terms
 
 RESULTS = Path(__file__).resolve().parent/'results'

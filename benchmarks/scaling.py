@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 from pathlib import Path
 from fastcore.script import call_parse
 from fastai_jocor.all import *
-from fastai_jocor.bench import machine
+from fastai_jocor.lab.run import machine
 from fastai_jocor.callback import Sightings
 from fastai_jocor.data import InMemoryDataLoaders
 from fastai_jocor.selection import Ledger

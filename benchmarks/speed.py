@@ -22,7 +22,7 @@ from fastcore.script import call_parse
 from fastai.vision.all import Adam, Callback, Learner, ProgressCallback, accuracy, noop, partial
 from fastai.callback.channelslast import ChannelsLast
 from fastai_jocor.all import *
-from fastai_jocor.bench import fast_adam, machine
+from fastai_jocor.lab.run import fast_adam, machine
 from fastai_jocor.callback import AutocastBF16, call_defined
 from fastai_jocor.data import InMemoryDataLoaders
 

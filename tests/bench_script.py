@@ -2,8 +2,9 @@
 import json, os, signal, sys, time
 from pathlib import Path
 import torch
-from fastai_jocor import bench
-from fastai_jocor.bench import RunConfig, finished, run_dir, run_grid
+from fastai_jocor.lab import grid as grid_room, run as run_room
+from fastai_jocor.lab.config import RunConfig
+from fastai_jocor.lab.grid import finished, run_dir, run_grid
 
 def in_child(f, *args):
     pid = os.fork()
@@ -19,7 +20,7 @@ def epoch(f, key=lambda o: int(o.read_text())):
     try: return key(f)
     except Exception: return -1
 
-class Slow(bench.Checkpoint):
+class Slow(run_room.Checkpoint):
     "Leave time to be killed between two epochs, and note where a run goes on"
     def before_fit(self):
         super().before_fit()
@@ -30,7 +31,7 @@ class Slow(bench.Checkpoint):
         time.sleep(.03)
 
 def kill(root):
-    res,bench.Checkpoint = {},Slow
+    res,run_room.Checkpoint = {},Slow
     for cfg in (RunConfig(method='standard', epochs=40), RunConfig(k=3, epochs=40, schedule='one_cycle')):
         whole,cut,kills = root/cfg.name/'whole',root/cfg.name/'cut',[]
         assert ended(in_child(run_grid, [cfg], whole, None, 1))
@@ -51,11 +52,11 @@ def kill(root):
 
 def two(root):
     "Two processes on one grid, of which each run tells when it starts"
-    cfgs,log,run = [RunConfig(k=1, epochs=8, seed=s) for s in range(5)],root/'log',bench.run
+    cfgs,log,run = [RunConfig(k=1, epochs=8, seed=s) for s in range(5)],root/'log',grid_room.run
     def told(cfg, *args, **kw):
         with open(log, 'a') as f: f.write(f'{cfg.seed} {os.getpid()}\n')
         return run(cfg, *args, **kw)
-    bench.run = told
+    grid_room.run = told
     def grid(i): run_grid(cfgs, root/'grid', None, 1).to_csv(root/f'{i}.csv')
     assert all([ended(p) for p in [in_child(grid, i) for i in (0,1)]])
     return dict(started=log.read_text().split('\n')[:-1], tables=[(root/f'{i}.csv').read_text() for i in (0,1)], left=[str(p) for p in (root/'grid').rglob('*') if p.name in ('lock','progress','checkpoint.pth')])

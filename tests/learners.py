@@ -2,7 +2,7 @@
 import torch
 from fastai.vision.all import Callback, DataLoader, DataLoaders, Learner, ProgressCallback, accuracy, nn, noop, set_seed
 from fastai_jocor.all import Symmetric, digits_dls, jocor_mlp
-from fastai_jocor.bench import fast_adam
+from fastai_jocor.lab.run import fast_adam
 
 def quiet(learn):
     learn.remove_cb(ProgressCallback)

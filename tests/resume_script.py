@@ -3,7 +3,7 @@ import os, random, signal, sys, time, torch
 from pathlib import Path
 from fastai.vision.all import Adam, Callback, Learner, SaveModelCallback, accuracy, noop, set_seed
 from fastai_jocor.all import *
-from fastai_jocor.bench import fast_adam
+from fastai_jocor.lab.run import fast_adam
 
 EPOCHS = 10
 

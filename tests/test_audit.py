@@ -8,7 +8,7 @@ from fastai.vision.all import (Callback, CategoryBlock, CrossEntropyLossFlat, Da
 from hypothesis import given, strategies as st
 from fastai.callback.data import WeightedDL
 from fastai_jocor.all import *
-from fastai_jocor.bench import fast_adam
+from fastai_jocor.lab.run import fast_adam
 
 def quiet(learn):
     learn.remove_cb(ProgressCallback)

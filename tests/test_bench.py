@@ -2,8 +2,11 @@ import importlib.util, json, os, subprocess, sys, numpy as np, pandas as pd, pyt
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from fastai_jocor import bench
-from fastai_jocor.bench import (GridProgress, Method, PaperSchedule, RunConfig, check_grid, compare, finished, holder, jocor_bench, methods, read_grid, run, run_dir, run_grid, summarise)
+from fastai_jocor.lab import config, grid as grid_room, run as run_room
+from fastai_jocor.lab.grid import GridProgress, check_grid, compare, finished, holder, run_dir, run_grid
+from fastai_jocor.lab.config import Method, RunConfig, methods, read_grid
+from fastai_jocor.lab.run import PaperSchedule, run, summarise
+from fastai_jocor.lab.commands import jocor_bench
 from fastai_jocor.callback import JoCorCallback
 
 SCRIPTS = Path(sys.executable).parent
@@ -31,7 +34,7 @@ def test_train_command(tmp_path):
 @pytest.mark.parametrize('args,msg', [(('--k',0),'k=0'), (('--noise','gauss:.1'),"noise='gauss:.1'"), (('--noise','symmetric:1.5'),'rate=1.5'), (('--noise','human:worse:none.pt'),'does not exist'), (('--subset',.5),'subset=0.5'), (('--contrast','js'),"contrast='js'"), (('--co_lambda',2),'co_lambda=2'),
     (('--forget_rate',1.),'forget_rate=1.0'), (('--num_gradual',-1),'num_gradual=-1'), (('--dataset','svhn'),"dataset='svhn'"), (('--epochs',0),'epochs=0'), (('--dataset','mnist','--path','/nowhere'),'no MNIST found')])
 def test_train_command_refuses(args, msg, tmp_path):
-    from fastai_jocor.bench import jocor_train
+    from fastai_jocor.lab.commands import jocor_train
     kw = {k.lstrip('-'): v for k,v in zip(args[::2], args[1::2])}
     with pytest.raises(SystemExit) as e: jocor_train(**kw, out=str(tmp_path/'x'))
     assert msg in str(e.value) and not (tmp_path/'x').exists()
@@ -43,9 +46,9 @@ def test_every_noise_on_digits(noise):
 def test_reduced_precision_is_a_field_of_its_own(tmp_path):
     cfg = RunConfig(epochs=3, precision='bfloat16')
     seen = []
-    class Look(bench.Callback):
+    class Look(run_room.Callback):
         def after_pred(self): seen.append(self.learn.pred.dtype)
-    learn = bench.run_learner(cfg)
+    learn = run_room.run_learner(cfg)
     learn.add_cb(Look())
     with learn.no_logging(), learn.no_bar(): learn.fit(1)
     assert set(seen) == {torch.bfloat16}
@@ -55,15 +58,15 @@ def test_reduced_precision_is_a_field_of_its_own(tmp_path):
     with pytest.raises(ValueError, match="did you mean 'bfloat16'"): RunConfig(precision='bfloat')
 
 def test_output_is_checked_before_training(tmp_path):
-    from fastai_jocor.bench import jocor_train
+    from fastai_jocor.lab.commands import jocor_train
     (tmp_path/'file').write_text('')
     with pytest.raises(SystemExit): jocor_train(out=str(tmp_path/'file'), epochs=10**6)
 
 def test_an_interrupted_run_keeps_its_history(tmp_path, monkeypatch):
-    class Stop(bench.PaperSchedule):
+    class Stop(PaperSchedule):
         def before_train(self):
             if self.epoch == 2: raise KeyboardInterrupt
-    monkeypatch.setattr(bench, 'PaperSchedule', Stop)
+    monkeypatch.setattr(run_room, 'PaperSchedule', Stop)
     with pytest.raises(KeyboardInterrupt): run(RunConfig(epochs=5), tmp_path, verbose=False)
     assert len(pd.read_csv(tmp_path/'history.csv')) == 2 and not (tmp_path/'result.json').exists()
 
@@ -93,7 +96,7 @@ def test_a_result_of_another_configuration_does_not_count(tmp_path):
     assert finished(tmp_path, cfg) is None
 
 def test_paper_schedule():
-    from fastai_jocor.bench import run_learner
+    from fastai_jocor.lab.run import run_learner
     from fastai.vision.all import Callback, ProgressCallback
     seen = []
     class See(Callback):
@@ -119,8 +122,8 @@ def test_cifar_by_name(tmp_path):
     assert p.returncode == 0, p.stderr
     res = json.loads((tmp_path/'run'/'result.json').read_text())
     assert res['config']['noise'] == 'instance:0.3' and res['config']['subset'] == 40 and 'noise instance:0.3' in p.stdout
-    learn = bench.run_learner(RunConfig('cifar10', noise='symmetric:0.2', bs=20), tmp_path)
-    with learn.no_logging(), learn.no_bar(): learn.fit(1, cbs=bench.JoCorCallback(k=2))
+    learn = run_room.run_learner(RunConfig('cifar10', noise='symmetric:0.2', bs=20), tmp_path)
+    with learn.no_logging(), learn.no_bar(): learn.fit(1, cbs=JoCorCallback(k=2))
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in learn.model.parameters() if p.ndim == 4) # the faster layout on a CPU
     assert run_dir(tmp_path, RunConfig('cifar10', noise='symmetric:0.2', subset=40)).name.startswith('cifar10-symmetric0.2-jocor_k2-subset40')
 
@@ -177,7 +180,7 @@ def test_a_checkpoint_of_another_configuration_is_left_out(tmp_path, monkeypatch
             if self.epoch == 3: raise KeyboardInterrupt
     a,b = RunConfig(method='standard', epochs=5, lr=1e-2),RunConfig(method='standard', epochs=5)
     with monkeypatch.context() as m:
-        m.setattr(bench, 'PaperSchedule', Stop)
+        m.setattr(run_room, 'PaperSchedule', Stop)
         with pytest.raises(KeyboardInterrupt): run(a, tmp_path/'x', verbose=False, extras=False, resume=True)
     other = (tmp_path/'x'/'checkpoint.pth').read_bytes()
     half(tmp_path/'y', 'progress', '3')
@@ -191,20 +194,20 @@ def test_locks(tmp_path):
     d = run_dir(tmp_path, cfg)
     d.mkdir()
     with SoftFileLock(d/'lock'):
-        assert bench._run_cell(cfg, methods['jocor'], tmp_path, None) is None and finished(d, cfg) is None
+        assert grid_room._run_cell(cfg, methods['jocor'], tmp_path, None) is None and finished(d, cfg) is None
         assert holder(d).startswith(f'process {os.getpid()} on ')
         record = (d/'lock').read_text().splitlines()
     dead = subprocess.Popen([sys.executable, '-c', ''])
     dead.wait()
     half(d, 'lock', f'{dead.pid}\n{record[1]}\n')
-    assert bench._run_cell(cfg, methods['jocor'], tmp_path, None) is None and finished(d, cfg) and holder(d) is None
+    assert grid_room._run_cell(cfg, methods['jocor'], tmp_path, None) is None and finished(d, cfg) and holder(d) is None
 
 def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch):
-    cfgs,whole = [RunConfig(epochs=1, seed=s) for s in range(3)],bench.run
+    cfgs,whole = [RunConfig(epochs=1, seed=s) for s in range(3)],grid_room.run
     def broken(cfg, *args, **kw):
         if cfg.seed == 1: raise ZeroDivisionError('no way')
         return whole(cfg, *args, **kw)
-    monkeypatch.setattr(bench, 'run', broken)
+    monkeypatch.setattr(grid_room, 'run', broken)
     with pytest.raises(RuntimeError, match='1 of 3 runs failed(.|\n)*seed1: ZeroDivisionError: no way'): run_grid(cfgs, tmp_path, n_jobs=1)
     assert [bool(finished(run_dir(tmp_path, c), c)) for c in cfgs] == [True,False,True]
 
@@ -213,8 +216,8 @@ def test_committed_results_still_count(monkeypatch, tmp_path):
     labels = np.repeat(range(10), 5000)
     torch.save(dict(clean_label=labels, worse_label=labels[::-1].copy()), 'CIFAR-10_human.pt')
     monkeypatch.syspath_prepend(ROOT/'benchmarks')
-    monkeypatch.setattr(bench, 'methods', dict(methods))
-    monkeypatch.setitem(bench.methods, 'use_rejected', importlib.import_module('rejected').methods['use_rejected'])
+    monkeypatch.setattr(config, 'methods', dict(methods))
+    monkeypatch.setitem(config.methods, 'use_rejected', importlib.import_module('rejected').methods['use_rejected'])
     files = sorted((ROOT/'benchmarks'/'results').rglob('result.json'))
     assert len(files) > 100
     for f in files:
@@ -265,7 +268,7 @@ def test_a_new_run_leaves_nothing_of_the_old_one(tmp_path, monkeypatch):
     old = RunConfig(method='standard', epochs=2)
     run(old, tmp_path/'r', verbose=False)
     assert finished(tmp_path/'r', old) and (tmp_path/'r'/'model.pth').exists()
-    monkeypatch.setattr(bench, 'PaperSchedule', Stop)
+    monkeypatch.setattr(run_room, 'PaperSchedule', Stop)
     with pytest.raises(KeyboardInterrupt): run(RunConfig(method='standard', epochs=3, noise='none'), tmp_path/'r', verbose=False)
     assert sorted(p.name for p in (tmp_path/'r').iterdir()) == ['config.json','history.csv'] and finished(tmp_path/'r', old) is None
     assert len(pd.read_csv(tmp_path/'r'/'history.csv')) == 1
@@ -275,15 +278,15 @@ def test_names_that_are_long_or_hold_mathematics(tmp_path):
     assert len(run_dir(tmp_path, cfg).name) <= 200 and run_dir(tmp_path, cfg) != run_dir(tmp_path, RunConfig(epochs=1, options=dict(watch=list(range(101)))))
     df = run_grid([cfg, RunConfig(epochs=1, seed=np.int64(1))], tmp_path, n_jobs=1)
     assert list(df.seed) == [0,1] and finished(run_dir(tmp_path, cfg), cfg)
-    bench.plot_history(pd.read_csv(run_dir(tmp_path, cfg)/'history.csv'), SimpleNamespace(name='jocor', dataset='cifar10', noise='human:worse:$a^$/x.pt')).savefig(tmp_path/'x.png')
+    run_room.plot_history(pd.read_csv(run_dir(tmp_path, cfg)/'history.csv'), SimpleNamespace(name='jocor', dataset='cifar10', noise='human:worse:$a^$/x.pt')).savefig(tmp_path/'x.png')
 
 def test_workers_use_the_method_as_it_is_now(tmp_path, monkeypatch):
     old = Method(JoCorCallback)
     monkeypatch.setitem(methods, 'mine', old)
     cfg,seen = RunConfig(method='mine', epochs=1),[]
-    monkeypatch.setattr(bench, 'run', lambda cfg, *a, **k: seen.append(methods['mine']))
+    monkeypatch.setattr(grid_room, 'run', lambda cfg, *a, **k: seen.append(methods['mine']))
     new = Method(JoCorCallback)
-    for i,m in enumerate((old,new)): assert 'does not come back' in bench._run_cell(cfg, m, tmp_path/str(i), None)
+    for i,m in enumerate((old,new)): assert 'does not come back' in grid_room._run_cell(cfg, m, tmp_path/str(i), None)
     assert seen[0] is old and seen[1] is new
 
 def test_compare_keeps_apart_what_is_not_a_seed():
@@ -346,7 +349,7 @@ def test_a_loss_as_a_method(tmp_path, monkeypatch):
             super().before_train()
             if self.epoch == 3: raise KeyboardInterrupt
     with monkeypatch.context() as m:
-        m.setattr(bench, 'PaperSchedule', Stop)
+        m.setattr(run_room, 'PaperSchedule', Stop)
         with pytest.raises(KeyboardInterrupt): run(cfg, tmp_path, verbose=False, extras=False, resume=True)
     pd.testing.assert_frame_equal(run(cfg, tmp_path, verbose=False, extras=False, resume=True)[1], whole)
 
@@ -358,7 +361,7 @@ def test_every_method_goes_on_from_its_checkpoint(method, tmp_path, monkeypatch)
             if self.epoch == 4: raise KeyboardInterrupt
     cfg = RunConfig(method=method, epochs=6)
     with monkeypatch.context() as m:
-        m.setattr(bench, 'PaperSchedule', Stop)
+        m.setattr(run_room, 'PaperSchedule', Stop)
         with pytest.raises(KeyboardInterrupt): run(cfg, tmp_path, verbose=False, extras=False, resume=True)
     assert torch.load(tmp_path/'checkpoint.pth', weights_only=True)['epoch'] == 3
     pd.testing.assert_frame_equal(run(cfg, tmp_path, verbose=False, extras=False, resume=True)[1], run(cfg, verbose=False)[1])
@@ -366,9 +369,9 @@ def test_every_method_goes_on_from_its_checkpoint(method, tmp_path, monkeypatch)
 def test_a_run_leaves_nothing_in_memory(tmp_path, monkeypatch):
     "A learner holds its data in a circle of references, so that a worker that does many runs would fill up"
     import weakref
-    learners,make = [],bench.run_learner
-    monkeypatch.setattr(bench, 'run_learner', lambda *args: (learn := make(*args), learners.append(weakref.ref(learn)))[0])
-    assert bench._run_cell(RunConfig(epochs=1), methods['jocor'], tmp_path, None) is None
+    learners,make = [],run_room.run_learner
+    monkeypatch.setattr(run_room, 'run_learner', lambda *args: (learn := make(*args), learners.append(weakref.ref(learn)))[0])
+    assert grid_room._run_cell(RunConfig(epochs=1), methods['jocor'], tmp_path, None) is None
     assert len(learners) == 1 and learners[0]() is None
 
 def test_progress_line(tmp_path):

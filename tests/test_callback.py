@@ -64,7 +64,7 @@ def test_columns_and_history():
     assert list(digits(noise=None).fit(1, cbs=(c := JoCorCallback(forget_rate=.2))) or c.history) == ['epoch','forget_rate','kept','agreement','non_finite']
 
 def test_columns_of_two_callbacks_keep_their_values():
-    from fastai_jocor.bench import PeerAccuracy
+    from fastai_jocor.lab.run import PeerAccuracy
     learn,cb,acc = digits(),JoCorCallback(k=2),PeerAccuracy()
     learn.fit(1, 1e-3, cbs=[acc,cb])
     row = dict(zip(list(learn.recorder.metric_names)[1:], learn.recorder.values[-1]))

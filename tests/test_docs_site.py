@@ -29,8 +29,10 @@ def test_links_lead_from_a_folder_to_pages_that_have_another_name(site):
     assert '../callback.html' in website.Page(site/'tutorials'/'quickstart.html').links
 
 def test_pages_show_the_interface_and_link_to_its_source(site):
-    for module in ('losses','selection','peers','noise','data','callback','methods','audit','bench','report'):
-        text,tree = (site/f'{module}.html').read_text(encoding='utf-8'),ast.parse((ROOT/'fastai_jocor'/f'{module}.py').read_text(encoding='utf-8'))
+    for module in [*docs.modules(), *(f'lab/{m}' for m in docs.modules(ROOT/'fastai_jocor'/'lab'))]:
+        if module == 'all': continue
+        text = (site/f'{module}.html').read_text(encoding='utf-8')
+        tree = ast.parse((ROOT/'fastai_jocor'/f'{module}.py').read_text(encoding='utf-8'))
         for o in tree.body:
             if not isinstance(o, (ast.FunctionDef,ast.ClassDef)) or o.name.startswith('_') or o.decorator_list: continue
             assert f'id="{o.name.lower()}"' in text, f'{module}.{o.name} is not on the page'
@@ -39,9 +41,8 @@ def test_pages_show_the_interface_and_link_to_its_source(site):
 def test_sidebar_is_the_order_of_the_house(site):
     side = re.search(r'(?s)id="quarto-sidebar".*?</nav>', (site/'index.html').read_text(encoding='utf-8'))[0]
     shown = [o.removeprefix('./') for o in re.findall(r'href="([\w./]+)\.html"', side)]
-    numbered = [re.search(r'nbs/(\d+[a-z]?)_', p.read_text(encoding='utf-8')) and p for p in (ROOT/'fastai_jocor').glob('*.py')]
-    order = [p.stem for p in sorted((p for p in numbered if p), key=lambda p: re.search(r'nbs/(\d+[a-z]?)_', p.read_text(encoding='utf-8'))[1])]
-    assert [o for o in shown if o in order] == order
+    for order in (docs.modules(), [f'lab/{m}' for m in docs.modules(ROOT/'fastai_jocor'/'lab')]):
+        assert [o for o in shown if o in order] == order
 
 def test_browser(site, tmp_path):
     if website.chromium() is None: pytest.skip('needs Chromium')
@@ -84,23 +85,24 @@ def test_card_is_drawn_from_the_logo(tmp_path):
 def imports():
     "Modules in the order of their notebooks, and what each imports from, by reading the import lines"
     res = {}
-    for p in (ROOT/'fastai_jocor').glob('*.py'):
-        text = p.read_text(encoding='utf-8')
-        if m := re.search(r'nbs/(\d+[a-z]?_\w+)\.ipynb', text): res[p.stem] = (m[1], set(re.findall(r'(?m)^from (?:fastai_jocor)?\.(\w+) import', text)))
-    return dict(sorted(res.items(), key=lambda o: o[1][0]))
+    for folder,prefix in ((ROOT/'fastai_jocor',''), (ROOT/'fastai_jocor'/'lab','lab.')):
+        for name in docs.modules(folder):
+            found = re.findall(r'(?m)^from (\.+)(\w+)(?:\.(\w+))? import', (folder/f'{name}.py').read_text(encoding='utf-8'))
+            res[prefix+name] = {f'lab.{sub}' if mod == 'lab' else mod if prefix == '' or dots == '..' else f'lab.{mod}' for dots,mod,sub in found}
+    return res
 
 def test_architecture_page_is_the_code():
     nb = json.loads((NBS/'architecture.ipynb').read_text(encoding='utf-8'))
     table = next(t for c in nb['cells'] if c['cell_type'] == 'code' for o in c['outputs'] if '| module |' in (t := ''.join(o.get('data', {}).get('text/markdown', ''))))
-    rows = re.findall(r'(?m)^\| \[(\w+)\]\((\w+)\.ipynb\) \|.*\| ([\w, –]+) \|$', table)
-    shown = {m: (nb, set() if uses == '–' else set(uses.split(', '))) for m,nb,uses in rows}
-    assert shown == imports() and list(shown) == list(imports()), 'run nbs/architecture.ipynb anew and keep what it shows'
+    rows = re.findall(r'(?m)^\| \[([\w.]+)\]\(([\w/]+)\.ipynb\) \|.*\| ([\w., –]+) \|$', table)
+    shown = {m: set() if uses == '–' else set(uses.split(', ')) for m,_,uses in rows}
+    assert shown == imports(), 'run nbs/architecture.ipynb anew and keep what it shows'
     assert any('image/png' in o.get('data', {}) for c in nb['cells'] for o in c.get('outputs', []))
 
 def shows(c): return ''.join(''.join(o.get('text', '')) + ''.join(o.get('data', {}).get('text/markdown', '')) + ''.join(o.get('data', {}).get('text/plain', '')) for o in c['outputs'])
 
 def test_pages_show_the_results_that_are_there():
-    from fastai_jocor.report import read_results
+    from fastai_jocor.lab.report import read_results
     results,say = ROOT/'benchmarks'/'results',': run nbs/{} anew and keep what it shows'
     df = read_results(results/'mnist_protocol')
     some = df[(df.noise == 'symmetric:0.5') & df.label.isin(['standard','jocor k=2','jocor k=3'])]

@@ -3,7 +3,7 @@ import os, random, signal, warnings, numpy as np, pytest, torch
 import torch.nn.functional as F
 from fastai.vision.all import (Adam, Callback, CrossEntropyLossFlat, DataBlock, DataLoader, DataLoaders, IndexSplitter, Learner, TransformBlock, CategoryBlock, accuracy, nn, set_seed)
 from fastai_jocor.all import *
-from fastai_jocor.bench import fast_adam
+from fastai_jocor.lab.run import fast_adam
 from learners import quiet
 
 def tensors(x, y, model, bs=32, valid=None, opt=fast_adam, **kwargs):

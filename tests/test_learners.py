@@ -9,7 +9,7 @@ from fastai.vision.all import (Adam, BCEWithLogitsLossFlat, Callback, ChannelsLa
     SaveModelCallback, ShowGraphCallback, TransformBlock, accuracy, accuracy_multi, get_image_files, load_learner, nn, parent_label, resnet18, set_seed, vision_learner)
 from fastai.callback.data import WeightedDL
 from fastai_jocor.all import *
-from fastai_jocor.bench import fast_adam
+from fastai_jocor.lab.run import fast_adam
 from learners import quiet
 
 @contextmanager

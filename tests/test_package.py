@@ -22,7 +22,7 @@ def dist(tmp_path_factory):
     assert p.returncode == 0, p.stderr[-2000:]
     return out
 
-def modules(): return {f'fastai_jocor/{p.name}' for p in (ROOT/'fastai_jocor').glob('*.py')}
+def modules(): return {p.relative_to(ROOT).as_posix() for p in (ROOT/'fastai_jocor').rglob('*.py')}
 
 def test_wheel(dist):
     wheel, = dist.glob('*.whl')
@@ -43,7 +43,7 @@ def test_metadata(dist):
     assert meta['Description-Content-Type'] == 'text/markdown' and meta['Summary'] == s['description']
     required = [r for r in meta.get_all('Requires-Dist') if 'extra ==' not in r]
     assert len(required) == len(s['requirements'].split()) and any(r.startswith('torch>=') for r in required)
-    assert 'jocor_train = fastai_jocor.bench:jocor_train' in points and 'jocor_demo = fastai_jocor.bench:jocor_demo' in points
+    assert 'jocor_train = fastai_jocor.lab.commands:jocor_train' in points and 'jocor_demo = fastai_jocor.lab.commands:jocor_demo' in points
 
 def test_sdist(dist):
     sdist, = dist.glob('*.tar.gz')

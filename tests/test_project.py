@@ -50,11 +50,13 @@ def copy(tmp_path_factory):
 def test_modules_are_what_the_notebooks_export(copy):
     code = 'from nbdev.export import nb_export; from nbdev.doclinks import nbdev_export; nbdev_export()'
     subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=copy, check=True, capture_output=True)
-    for p in sorted((ROOT/'fastai_jocor').glob('*.py')): assert p.read_text() == (copy/'fastai_jocor'/p.name).read_text(), p.name
-    assert {p.name for p in (ROOT/'fastai_jocor').glob('*.py')} == {p.name for p in (copy/'fastai_jocor').glob('*.py')}
+    made = lambda root: {p.relative_to(root).as_posix(): p.read_text() for p in (root/'fastai_jocor').rglob('*.py')}
+    here,there = made(ROOT),made(copy)
+    assert set(here) == set(there)
+    for name,text in here.items(): assert text == there[name], name
 
-def test_notebooks_in_folders_export_nothing():
-    inside = [p for p in NOTEBOOKS if p.parent != docs.NBS]
+def test_tutorials_export_nothing():
+    inside = [p for p in NOTEBOOKS if p.parent == docs.NBS/'tutorials']
     assert inside
     for p in inside:
         for c in docs.cells(p): assert not re.search(r'(?m)^#\| *(default_exp|export)', docs.source(c)), p.name
@@ -70,10 +72,12 @@ def test_notebooks_are_clean(copy):
     for p,text in before.items(): assert p.read_text(encoding='utf-8') == text, p.name
 
 def test_imports_go_downwards_only():
-    order = 'losses selection peers noise data callback methods audit bench report'.split()
-    for p in (ROOT/'fastai_jocor').glob('*.py'):
-        if p.stem not in order: continue
-        for used in re.findall(r'(?m)^from (?:fastai_jocor)?\.(\w+) import', p.read_text()): assert order.index(used) < order.index(p.stem), f'{p.stem} imports {used}'
+    for folder in (ROOT/'fastai_jocor', ROOT/'fastai_jocor'/'lab'):
+        order = docs.modules(folder)
+        for name in order:
+            text = (folder/f'{name}.py').read_text(encoding='utf-8')
+            for used in re.findall(r'(?m)^from \.(\w+) import', text): assert order.index(used) < order.index(name), f'{name} imports {used}'
+            if folder.name != 'lab' and name != 'all': assert not re.search(r'(?m)^(from|import) .*\blab\b', text), f'{name} imports the lab'
 
 @pytest.mark.parametrize('module', ('losses','selection'))
 def test_pure_torch_modules_do_not_import_fastai(module):

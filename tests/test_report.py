@@ -2,8 +2,10 @@ import json, re, shutil, numpy as np, pandas as pd, pytest
 from dataclasses import asdict
 from html.parser import HTMLParser
 from scipy import stats
-from fastai_jocor.bench import RunConfig, run_dir
-from fastai_jocor.report import (difference_table, is_published_protocol, jocor_report, paired_differences, plot_k, plot_time, read_results, references, report_blocks, score_frame, score_table, unfinished)
+from fastai_jocor.lab.config import RunConfig
+from fastai_jocor.lab.grid import run_dir
+from fastai_jocor.lab.commands import jocor_report
+from fastai_jocor.lab.report import (difference_table, is_published_protocol, paired_differences, plot_k, plot_time, read_results, references, report_blocks, score_frame, score_table, unfinished)
 
 EPOCHS = 14
 

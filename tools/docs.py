@@ -15,6 +15,11 @@ def notebooks(): return sorted(p for p in NBS.rglob('*.ipynb') if not any(o.star
 def cells(p): return json.loads(p.read_text(encoding='utf-8'))['cells']
 def source(c): return ''.join(c['source'])
 
+def modules(folder=ROOT/'fastai_jocor'):
+    "Names of the modules of a folder, in the order of their notebooks"
+    found = {p.stem: re.search(r'nbs/(?:lab/)?(\d+[a-z]?)_\w+\.ipynb', p.read_text(encoding='utf-8')) for p in Path(folder).glob('*.py')}
+    return sorted((n for n,m in found.items() if m), key=lambda n: found[n][1])
+
 def run_notebooks():
     "Run each notebook in a process of its own, so that each shows what it shows when it is opened first"
     import subprocess

@@ -57,7 +57,7 @@ Documentation = "{s['doc_url']}"
 version = {{attr = "{s['lib_path']}.__version__"}}
 
 [tool.setuptools.packages.find]
-include = ["{s['lib_path']}"]
+include = ["{s['lib_path']}*"]
 
 [tool.nbdev]
 ''' + ''.join(f'{k} = {json.dumps(v)}\n' for k,v in nbdev.items()) + '''
