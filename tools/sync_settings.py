@@ -63,6 +63,7 @@ include = ["{s['lib_path']}*"]
 ''' + ''.join(f'{k} = {json.dumps(v)}\n' for k,v in nbdev.items()) + '''
 [tool.pytest.ini_options]
 testpaths = ["tests"]
+addopts = "-p no:randomly"
 '''
 
 def with_version(code, version):
