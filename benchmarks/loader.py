@@ -12,7 +12,8 @@ from fastcore.script import call_parse
 from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, IndexSplitter, Normalize, PILImage, cifar_stats, get_image_files, parent_label
 from torchvision import transforms as T
 from fastai_jocor.lab.run import machine
-from fastai_jocor.data import CropFlip, InMemoryDataLoaders
+from fastai_jocor.lab.store import CropFlip
+from fastai_jocor.lab.data import InMemoryDataLoaders
 
 RESULTS = Path(__file__).resolve().parent/'results'
 

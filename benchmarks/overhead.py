@@ -14,7 +14,8 @@ from fastcore.script import call_parse
 from fastai.vision.all import Callback, Learner, ProgressCallback, noop
 from fastai_jocor.lab.run import fast_adam, machine
 from fastai_jocor.callback import JoCorCallback
-from fastai_jocor.data import InMemoryDataLoaders, jocor_cnn
+from fastai_jocor.lab.data import InMemoryDataLoaders
+from fastai_jocor.lab.datasets import jocor_cnn
 from fastai_jocor.noise import Symmetric
 
 RESULTS = Path(__file__).resolve().parent/'results'

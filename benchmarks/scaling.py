@@ -18,7 +18,7 @@ from fastcore.script import call_parse
 from fastai_jocor.all import *
 from fastai_jocor.lab.run import machine
 from fastai_jocor.callback import Sightings
-from fastai_jocor.data import InMemoryDataLoaders
+from fastai_jocor.lab.data import InMemoryDataLoaders
 from fastai_jocor.selection import Ledger
 from speed import Clock, learner, megabytes
 

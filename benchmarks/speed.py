@@ -24,7 +24,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai_jocor.all import *
 from fastai_jocor.lab.run import fast_adam, machine
 from fastai_jocor.callback import AutocastBF16, call_defined
-from fastai_jocor.data import InMemoryDataLoaders
+from fastai_jocor.lab.data import InMemoryDataLoaders
 
 RESULTS = Path(__file__).resolve().parent/'results'
 

@@ -18,8 +18,9 @@ from fastai.vision.all import *
 from .losses import check_number
 from .peers import check_k, check_seed
 from .selection import Ledger, confident_joint, estimate_noise, transition_of
-from .noise import NoiseRecord, NoisyLabel, item_key, _names, plot_noise
-from .data import ImageStore, MemoryDatasets, MemoryDL
+from .noise import NoiseRecord, _names, plot_noise
+from .blocks import NoisyLabel, item_key
+from .lab.store import ImageStore, MemoryDatasets, MemoryDL
 from .callback import JoCorCallback, PeersCallback, _class_names
 
 # %% ../nbs/06_audit.ipynb #a0d10006

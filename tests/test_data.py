@@ -4,9 +4,13 @@ from PIL import Image
 from hypothesis import given, strategies as st
 from fastai.vision.all import (CategoryBlock, ClassificationInterpretation, DataBlock, DataLoaders, FlipItem, GrandparentSplitter, ImageBlock, IndexSplitter, Learner, TransformBlock, MultiCategoryBlock, Normalize, RandomSplitter,
     RegressionBlock, Resize, TfmdDL, accuracy, cifar_stats, first, get_image_files, load_learner, nn, parent_label, warnings)
-from fastai_jocor.data import *
-from fastai_jocor.data import ImageStore, MemoryDL, crop_flip, stratified
 from fastai_jocor.noise import *
+from fastai_jocor.instance import *
+from fastai_jocor.human import *
+from fastai_jocor.blocks import *
+from fastai_jocor.lab.store import *
+from fastai_jocor.lab.data import *
+from fastai_jocor.lab.datasets import *
 from fastai_jocor.noise import cifar10_classes, cifar100_classes, cifar100_superclasses
 
 def picture(rs, size=32, name=None, value=None):
@@ -269,7 +273,7 @@ def test_batches_are_channels_last_and_the_array_is_not_copied():
     torch.testing.assert_close(first(chw.valid)[0], first(dls.valid)[0])
 
 def test_the_tensor_moves_to_the_device_only_where_it_fits(monkeypatch):
-    import fastai_jocor.data as m
+    import fastai_jocor.lab.store as m
     store = ImageStore(np.zeros((4,8,8), np.uint8), [0,1,0,1])
     monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda d: (600,1000))
     assert m._fits(300, torch.device('cuda:0')) and not m._fits(301, torch.device('cuda:0'))
@@ -284,7 +288,8 @@ def test_memory_of_an_epoch(kw):
     "In a process of its own: beside the tensor of bytes, the peak is that of about two batches, the one in use and the one that is made"
     code = f'''
 import numpy as np, torch
-from fastai_jocor.data import *
+from fastai_jocor.lab.store import CropFlip
+from fastai_jocor.lab.data import *
 torch.set_num_threads(1)
 now = lambda key: int(next(l.split()[1] for l in open('/proc/self/status') if l.startswith(key)))/1024
 make = lambda n, bs: InMemoryDataLoaders.from_arrays(np.full((n,64,64,3), 7, np.uint8), np.arange(n)%2, bs=bs, val_bs=bs, device='cpu', {kw})

@@ -5,6 +5,9 @@ import matplotlib; matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from fastai.vision.all import (ColReader, DataBlock, ImageBlock, IndexSplitter, Learner, PILImage, TransformBlock, get_image_files, load_learner, nn, parent_label, warnings)
 from fastai_jocor.noise import *
+from fastai_jocor.instance import *
+from fastai_jocor.human import *
+from fastai_jocor.blocks import *
 from fastai_jocor.noise import cifar100_classes, cifar100_superclasses, item_uniform
 
 rates = st.integers(0,1000).map(lambda r: r/1000)
@@ -98,7 +101,7 @@ def test_items_that_are_tensors_keep_their_labels_in_another_process():
     import cloudpickle
     again = pickle.loads(cloudpickle.dumps(ds))
     assert [int(o) for o in again.train.tls[1]] == given
-    code = "import torch; from fastai_jocor.noise import item_key; torch.manual_seed(0); print(item_key(torch.randn(60,4)[7]), item_key(('xy','x'+'y')))"
+    code = "import torch; from fastai_jocor.blocks import item_key; torch.manual_seed(0); print(item_key(torch.randn(60,4)[7]), item_key(('xy','x'+'y')))"
     out = subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True).stdout.split()
     assert out == [item_key(x[7]), item_key(('xy','xy'))]
 
@@ -147,7 +150,7 @@ def test_every_item_has_its_chance_under_exact_counts():
 def test_instance_dependent_against_the_slow_way():
     "Flip rates by the inverse of the truncated normal, one softmax over a random projection for each item"
     from scipy.stats import norm
-    from fastai_jocor.noise import _seed
+    from fastai_jocor.instance import _seed
     rs = np.random.RandomState(0)
     x,y = rs.randint(0, 256, (300,5,5), dtype=np.uint8),rs.randint(0, 4, 300)
     recipe = InstanceDependent(.3, std=.2)
@@ -207,6 +210,7 @@ import sys, numpy as np, pandas as pd
 sys.path.insert(0, sys.argv[1])
 from test_noise import frame, frame_block
 from fastai_jocor.noise import *
+from fastai_jocor.instance import *
 for r in (Symmetric(.5), InstanceDependent(.5, get_x=lambda row: np.array([row.x, 1.])), PairFlip(.3, exact=True)): print(frame_block(r).datasets(frame()).noise.noisy.tolist())
 '''
     from pathlib import Path

@@ -2,7 +2,7 @@ import pytest, torch
 from torch import nn
 from fastai.vision.all import xresnet18, create_head, params
 from fastai_jocor.peers import *
-from fastai_jocor.data import jocor_cnn, jocor_mlp
+from fastai_jocor.lab.datasets import jocor_cnn, jocor_mlp
 
 @pytest.mark.parametrize('make', (jocor_mlp, jocor_cnn, lambda: xresnet18(n_out=10), lambda: nn.Sequential(nn.Embedding(9,6), nn.TransformerEncoderLayer(6,2,batch_first=True), nn.Linear(6,10))))
 def test_every_drawn_weight_differs(make):

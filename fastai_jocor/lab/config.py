@@ -11,8 +11,9 @@ __all__ = ['methods', 'Method', 'RunConfig', 'grid_configs', 'read_grid']
 import difflib, inspect, itertools, re, yaml, numpy as np
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from ..noise import Asymmetric, make_noise
-from ..data import augmentation
+from ..noise import Asymmetric
+from ..blocks import make_noise
+from .datasets import augmentation
 from ..callback import JoCorCallback
 from ..methods import CoTeachingCallback, CoTeachingPlusCallback, ForwardLoss, SCELoss
 

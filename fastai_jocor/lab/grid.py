@@ -16,7 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from fastprogress.fastprogress import format_time
 from filelock import SoftFileLock, Timeout
-from ..data import cifar10_dls, cifar100_dls, mnist_dls, _find_cifar
+from .datasets import cifar10_dls, cifar100_dls, mnist_dls, _find_cifar
 from .config import RunConfig, methods, _nearest
 from .run import run
 

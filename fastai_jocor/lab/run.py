@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
-from ..data import cifar10_dls, cifar100_dls, digits_dls, mnist_dls, jocor_cnn, jocor_mlp
+from .datasets import cifar10_dls, cifar100_dls, digits_dls, mnist_dls, jocor_cnn, jocor_mlp
 from ..peers import Peers
 from ..callback import AutocastBF16, ColumnsCallback, is_validating, random_states, restore_random_states
 from .config import RunConfig
