@@ -70,7 +70,8 @@ class Process:
     def __init__(self):
         self.random = random.getstate(),np.random.get_state(),torch.get_rng_state()
         self.cwd,self.path,self.environ = os.getcwd(),list(sys.path),dict(os.environ)
-        self.threads,self.dtype,self.device = torch.get_num_threads(),torch.get_default_dtype(),torch.get_default_device()
+        self.threads = torch.get_num_threads()
+        self.dtype,self.device = torch.get_default_dtype(),torch.get_default_device()
         self.deterministic = torch.are_deterministic_algorithms_enabled()
         self.cudnn = torch.backends.cudnn.deterministic,torch.backends.cudnn.benchmark
         self.distributed = torch.distributed.is_initialized()

@@ -9,7 +9,8 @@ from functools import partial
 from types import SimpleNamespace
 from fastai.vision.all import (Adam, BCEWithLogitsLossFlat, Callback, CrossEntropyLossFlat, DataBlock, DataLoader,
     DataLoaders, Flatten, FocalLossFlat, GradientAccumulation, L, LabelSmoothingCrossEntropyFlat, Learner, OptimWrapper,
-    ProgressCallback, RandomSplitter, Tensor, TfmdDL, TransformBlock, accuracy, accuracy_multi, nn, noop, params, set_seed)
+    ProgressCallback, RandomSplitter, Tensor, TfmdDL, TransformBlock, accuracy, accuracy_multi, nn, noop, params,
+    set_seed)
 from fastai.callback.data import WeightedDL
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from sklearn.datasets import load_digits

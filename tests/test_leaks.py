@@ -19,7 +19,8 @@ def test_registrations_and_patches_go_back():
 
 def test_a_patch_that_comes_with_a_module_stays(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path/'made_patch.py').write_text('from fastai.basics import *\n@patch\ndef made_there(self:Learner): return 3\n')
+    code = 'from fastai.basics import *\n@patch\ndef made_there(self:Learner): return 3\n'
+    (tmp_path/'made_patch.py').write_text(code)
     with nothing_leaks(): import made_patch
     assert Learner.made_there(None) == 3
     del Learner.made_there, sys.modules['made_patch']

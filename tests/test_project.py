@@ -71,15 +71,6 @@ def test_notebooks_are_clean(copy):
     subprocess.run([sys.executable, '-W', 'ignore', '-c', 'from nbdev.clean import nbdev_clean; nbdev_clean()'], cwd=copy, check=True, capture_output=True)
     for p,text in before.items(): assert p.read_text(encoding='utf-8') == text, p.name
 
-def test_imports_go_downwards_only():
-    later = {('methods','noise'), ('audit','noise'), ('audit','blocks')} # until their notebooks have the numbers of the new order
-    for folder in (ROOT/'fastai_jocor', ROOT/'fastai_jocor'/'lab'):
-        order = docs.modules(folder)
-        for name in order:
-            text = (folder/f'{name}.py').read_text(encoding='utf-8')
-            for used in re.findall(r'(?m)^from \.(\w+) import', text): assert order.index(used) < order.index(name) or (name,used) in later, f'{name} imports {used}'
-            if folder.name != 'lab' and name not in ('all','audit'): assert not re.search(r'(?m)^(from|import) .*\blab\b', text), f'{name} imports the lab'
-
 @pytest.mark.parametrize('module', ('losses','selection'))
 def test_pure_torch_modules_do_not_import_fastai(module):
     code = f"import sys, fastai_jocor.{module}; assert not any(m.split('.')[0] in ('fastai','fastcore') for m in sys.modules)"
