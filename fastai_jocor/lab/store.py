@@ -13,7 +13,7 @@ import numpy as np, torch
 import torch.nn.functional as F
 from fastai.vision.all import *
 
-# %% ../../nbs/lab/00_store.ipynb #0a3a668f
+# %% ../../nbs/lab/00_store.ipynb #014250f4
 def _channels_last(images):
     "Images as (n, H, W, C), uint8, or a `ValueError`"
     images = torch.as_tensor(images)
@@ -21,56 +21,80 @@ def _channels_last(images):
     if images.ndim == 3: return images[...,None]
     if images.ndim == 4 and images.shape[3] in (1,3): return images
     if images.ndim == 4 and images.shape[1] in (1,3): return images.permute(0,2,3,1).contiguous()
-    raise ValueError(f"images of shape {tuple(images.shape)} must be (n, H, W), (n, H, W, channels) or (n, channels, H, W), with 1 or 3 channels")
+    raise ValueError(f"images of shape {tuple(images.shape)} must be (n, H, W), (n, H, W, channels) "
+                     "or (n, channels, H, W), with 1 or 3 channels")
 
 def _fits(n_bytes, device):
     "Whether a tensor of this size may move to `device`"
     if device.type == 'cuda': return n_bytes <= torch.cuda.mem_get_info(device)[0]/2
     return device.type in ('cpu','mps')
 
+# %% ../../nbs/lab/00_store.ipynb #cd94c758
 class ImageStore:
     "All images of a data set in one tensor of bytes, and their targets in another"
     def __init__(self,
-        images, # Pixels in 0..255, shape (n, H, W), (n, H, W, channels) or (n, channels, H, W), with 1 or 3 channels, uint8
+        images, # Pixels in 0..255, uint8, (n, H, W), (n, H, W, channels) or (n, channels, H, W), 1 or 3 channels
         targets, # Targets, shape (n, ...)
         types=None # Types of a batch of images and of targets; `None` for images and categories
     ):
-        self.images,self.targets = _channels_last(images).contiguous(),torch.as_tensor(targets)
-        if len(self.images) != len(self.targets): raise ValueError(f"targets holds {len(self.targets)} entries for {len(self.images)} images: one each")
-        self.types = ifnone(types, ((TensorImageBW if self.images.shape[3]==1 else TensorImage),TensorCategory))
+        self.images = _channels_last(images).contiguous()
+        self.targets = torch.as_tensor(targets)
+        if len(self.images) != len(self.targets):
+            raise ValueError(f"targets holds {len(self.targets)} entries for {len(self.images)} images: one each")
+        image = TensorImageBW if self.images.shape[3] == 1 else TensorImage
+        self.types = ifnone(types, (image, TensorCategory))
+
     def __len__(self): return len(self.images)
 
     def to(self, device):
         "Move to `device` if there is room"
         device = torch.device('cpu' if device is None else device)
-        if _fits(self.images.numel(), device): self.images,self.targets = self.images.to(device),self.targets.to(device)
+        if not _fits(self.images.numel(), device): return
+        self.images = self.images.to(device)
+        self.targets = self.targets.to(device)
 
     def batch(self, idxs):
-        "Images (N, C, H, W) and targets at `idxs`, as fastai's typed tensors"
-        (_,h,w,c),idxs = self.images.shape,idxs.to(self.images.device)
-        x = self.images.view(-1, h*w*c).index_select(0, idxs).view(-1,h,w,c)
-        return x.permute(0,3,1,2).as_subclass(self.types[0]),self.targets.index_select(0, idxs).as_subclass(self.types[1])
+        "Return images (N, C, H, W) and targets at `idxs`, as fastai's typed tensors"
+        _,h,w,c = self.images.shape
+        idxs = idxs.to(self.images.device)
+        x = self.images.view(-1, h*w*c).index_select(0, idxs).view(-1, h, w, c).permute(0,3,1,2)
+        return x.as_subclass(self.types[0]),self.targets.index_select(0, idxs).as_subclass(self.types[1])
 
-# %% ../../nbs/lab/00_store.ipynb #8e43ba28
+    def with_targets(self, pos, targets):
+        "Return a store of the same images with other targets at `pos`"
+        new = self.targets.clone()
+        new[pos] = torch.as_tensor(targets, dtype=new.dtype, device=new.device)
+        return ImageStore(self.images, new, self.types)
+
+# %% ../../nbs/lab/00_store.ipynb #ff8f2ed7
 class MemoryDL(TfmdDL):
     "A `TfmdDL` whose batches are gathered from an `ImageStore`; for any other data set it makes an ordinary `TfmdDL`"
     def __init__(self,
         dataset, # The items, for all that is not a batch: decoding, showing, test sets
         store:ImageStore, # Their images and targets
-        pos=None, # Place in the store of each item; `None`: the same place
+        pos=None, # Place of each item in the store; `None`: the same place
         bs:int=64, # Items per batch
         shuffle:bool=False, # Draw a new order in each epoch
-        num_workers:int=0, # Not used: there is nothing to do for a worker
+        num_workers:int=0, # Ignored: no worker is needed
         **kwargs
     ):
-        self.store,self.pos = store,torch.arange(len(dataset)) if pos is None else torch.as_tensor(pos, dtype=torch.long)
+        self.store = store
+        self.pos = torch.arange(len(dataset)) if pos is None else torch.as_tensor(pos, dtype=torch.long)
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=0, **kwargs)
 
-    def get_idxs(self):
-        if not self.shuffle: return torch.arange(self.n)
-        return torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(self.rng.getrandbits(63)))[:self.n]
+    @property
+    def targets(self):
+        "Targets of the items, in the order of the data set"
+        return self.store.targets[self.pos]
 
-    def sample(self): return self._DataLoader__idxs
+    def get_idxs(self):
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.rng.getrandbits(63))
+            self.idxs = torch.randperm(len(self.dataset), generator=generator)[:self.n]
+        else: self.idxs = torch.arange(self.n)
+        return self.idxs
+
+    def sample(self): return self.idxs
 
     def create_batches(self, samps):
         if not isinstance(samps, Tensor): samps = torch.as_tensor(list(samps), dtype=torch.long)
@@ -87,7 +111,19 @@ class MemoryDL(TfmdDL):
         super().to(device)
         self.store.to(device)
 
-# %% ../../nbs/lab/00_store.ipynb #5dfd7121
+    def relabelled(self,
+        labels, # A label for each item of this loader, class indices, shape (n,)
+        left, # Positions of the items to keep
+        noise=None, # Record of the corrupted labels of the items to keep, a `NoiseRecord`
+        dataset=None # Data set of the items to keep; not used where this loader's own is a `MemoryDatasets`
+    )->TfmdDL: # A `MemoryDL`
+        "Return a loader of the items `left` with these labels; images are shared"
+        store = self.store.with_targets(self.pos, labels)
+        pos = self.pos[left]
+        if isinstance(self.dataset, MemoryDatasets): dataset = self.dataset.over(store, pos, noise)
+        return self.new(dataset, cls=MemoryDL, store=store, pos=pos)
+
+# %% ../../nbs/lab/00_store.ipynb #805b5ea2
 class StoredImage(Transform):
     "Read an image from a store by its number; open any other image in the size and mode of the store's"
     input_types = (object,)
@@ -96,7 +132,8 @@ class StoredImage(Transform):
     ): self.store = store
     def encodes(self, o):
         images = self.store.images
-        cls,(_,h,w,c) = (PILImageBW if images.shape[3]==1 else PILImage),images.shape
+        _,h,w,c = images.shape
+        cls = PILImageBW if c == 1 else PILImage
         if isinstance(o, (int,np.integer)): return cls.create(images[o].squeeze(-1).cpu().numpy())
         im = (o if isinstance(o, Image.Image) else cls.create(o)).convert(cls._open_args['mode'])
         return cls.create(im if im.size == (w,h) else im.resize((w,h)))
@@ -120,28 +157,37 @@ class MemoryDatasets(Datasets):
         vocab, # Class names
         split_idx:int=0, # 0 for a training set, 1 for others
         noise=None, # Record of corrupted labels; `None` for none
-        types=None # Types of image and target, for showing; `None` finds them out
+        types=None # Types of image and target, for showing; `None` infers them
     ):
         self.store,self.classes,self.record = store,vocab,noise
-        tfms = [[StoredImage(store)], [StoredLabel(store, vocab, noise), Categorize(vocab=vocab, sort=False)]]
-        super().__init__(tls=[TfmdLists(pd.Series(np.asarray(idxs)), t, split_idx=split_idx, types=ty) for t,ty in zip(tfms, types or (None,None))], n_inp=1)
+        items = pd.Series(np.asarray(idxs))
+        label = [StoredLabel(store, vocab, noise), Categorize(vocab=vocab, sort=False)]
+        tls = [TfmdLists(items, tfms, split_idx=split_idx, types=ty)
+               for tfms,ty in zip(([StoredImage(store)], label), types or (None,None))]
+        super().__init__(tls=tls, n_inp=1)
 
+    def over(self, store, idxs, noise):
+        "Return the same data set over another store"
+        return MemoryDatasets(store, idxs, self.classes, self.split_idx, noise, [tl.types for tl in self.tls])
     def new_empty(self):
         empty = ImageStore(self.store.images[:0].cpu().clone(), self.store.targets[:0].cpu().clone())
-        return MemoryDatasets(empty, [], self.classes, self.split_idx, self.record, [tl.types for tl in self.tls])
+        return self.over(empty, [], self.record)
     def subset(self, i): raise NotImplementedError("training and validation set are made apart")
 
-# %% ../../nbs/lab/00_store.ipynb #407ae80c
+# %% ../../nbs/lab/00_store.ipynb #7f205d7b
 def crop_flip(
     x:Tensor, # Images, shape (N, C, H, W)
     pad:int=4, # Largest shift in pixels, at least 0
     p:float=0.5 # Probability of a flip, in [0, 1]
 )->Tensor: # Images of the same shape and type
-    "Shift and mirror each image of a batch by itself"
-    (n,c,h,w),at = x.shape,partial(torch.arange, device=x.device)
-    (top,left),flip = torch.randint(0, 2*pad+1, (2,n), device=x.device),torch.rand(n, device=x.device) < p
+    "Shift and mirror each image of a batch independently"
+    n,c,h,w = x.shape
+    at = partial(torch.arange, device=x.device)
+    top,left = torch.randint(0, 2*pad+1, (2,n), device=x.device)
+    flip = torch.rand(n, device=x.device) < p
     rows = ((at(n)*(h+2*pad)+top)[:,None]+at(h))*(w+2*pad) + left[:,None]
-    x = F.pad(x.permute(0,2,3,1), (0,0,pad,pad,pad,pad)).reshape(-1).unfold(0, w*c, c).index_select(0, rows.view(-1)).view(n,h,w,c)
+    stretches = F.pad(x.permute(0,2,3,1), (0,0,pad,pad,pad,pad)).reshape(-1).unfold(0, w*c, c)
+    x = stretches.index_select(0, rows.view(-1)).view(n,h,w,c)
     return torch.cat([x, x.flip(2)]).index_select(0, at(n)+n*flip).permute(0,3,1,2)
 
 class CropFlip(RandTransform):
@@ -154,22 +200,24 @@ class CropFlip(RandTransform):
         super().__init__()
         self.pad,self.p_flip = pad,p_flip
     def encodes(self, y:TensorCategory): return y
-    def encodes(self, x:TensorImage): return retain_type(crop_flip(x.as_subclass(Tensor), self.pad, self.p_flip), x)
+    def encodes(self, x:TensorImage):
+        return retain_type(crop_flip(x.as_subclass(Tensor), self.pad, self.p_flip), x)
 
-# %% ../../nbs/lab/00_store.ipynb #c411d89c
+# %% ../../nbs/lab/00_store.ipynb #c3da5b06
 class BytesToFloat(IntToFloatTensor):
-    "`IntToFloatTensor` that knows categories, too: where a transform does not know a type, the search for a method holds on to the batch until Python collects its cycles"
+    "`IntToFloatTensor` that knows categories, too"
     def encodes(self, x:TensorImage): return x.float().div_(self.div)
     def encodes(self, y:TensorCategory): return y
 
 class NormalizeInPlace(Normalize):
-    "`Normalize` that changes the batch where it lies, which `BytesToFloat` has just made"
+    "`Normalize` that changes the batch in place, which `BytesToFloat` has just made"
     def encodes(self, x:TensorImage): return x.sub_(self.mean).div_(self.std)
     def encodes(self, y:TensorCategory): return y
 
 def _normalize(stats, shape, tfms):
-    "Where no transform changes the size, with mean and deviation for each pixel, since torch is slow to broadcast over the channels when they come last"
-    if len(L(stats)) != 2 or any(len(L(o)) not in (1,shape[3]) for o in stats): raise ValueError(f"normalize={stats!r} must be mean and standard deviation of {shape[3]} channels")
+    "Normalisation by mean and standard deviation of the channels of images of this shape, after `tfms`"
+    if len(L(stats)) != 2 or any(len(L(o)) not in (1,shape[3]) for o in stats):
+        raise ValueError(f"normalize={stats!r} must be mean and standard deviation of {shape[3]} channels")
     stats = [tensor(o).float().view(1,1,1,-1) for o in stats]
     if all(isinstance(t, CropFlip) for t in tfms): stats = [o.expand(1,*shape[1:]).contiguous() for o in stats]
     return NormalizeInPlace(*[o.permute(0,3,1,2) for o in stats])
