@@ -66,7 +66,7 @@ class ImageStore:
         new[pos] = torch.as_tensor(targets, dtype=new.dtype, device=new.device)
         return ImageStore(self.images, new, self.types)
 
-# %% ../../nbs/lab/00_store.ipynb #ff8f2ed7
+# %% ../../nbs/lab/00_store.ipynb #882ffbe3
 class MemoryDL(TfmdDL):
     "A `TfmdDL` whose batches are gathered from an `ImageStore`; for any other data set it makes an ordinary `TfmdDL`"
     def __init__(self,
@@ -88,18 +88,12 @@ class MemoryDL(TfmdDL):
         return self.store.targets[self.pos]
 
     def get_idxs(self):
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.rng.getrandbits(63))
-            self.idxs = torch.randperm(len(self.dataset), generator=generator)[:self.n]
-        else: self.idxs = torch.arange(self.n)
-        return self.idxs
-
-    def sample(self): return self.idxs
+        if not self.shuffle: return list(range(self.n))
+        generator = torch.Generator().manual_seed(self.rng.getrandbits(63))
+        return torch.randperm(len(self.dataset), generator=generator)[:self.n].tolist()
 
     def create_batches(self, samps):
-        if not isinstance(samps, Tensor): samps = torch.as_tensor(list(samps), dtype=torch.long)
-        for idxs in samps.split(self.bs):
-            if len(idxs) == self.bs or not self.drop_last: yield self.store.batch(self.pos[idxs])
+        for idxs in self.chunkify(samps): yield self.store.batch(self.pos[idxs])
 
     def new(self, dataset=None, cls=None, **kwargs):
         if dataset is None or dataset is self.dataset:
