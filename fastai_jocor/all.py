@@ -10,6 +10,10 @@ __all__ = []
 # %% ../nbs/20_all.ipynb #c351cd7c
 from .losses import *
 from .selection import *
+from .ledger import *
+from .learner import *
+from .step import *
+from .resume import *
 from .peers import *
 from .noise import *
 from .instance import *

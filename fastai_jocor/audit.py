@@ -17,11 +17,12 @@ from fastai.tabular.core import Tabular
 from fastai.vision.all import *
 from .losses import check_number
 from .peers import check_k, check_seed
-from .selection import Ledger, confident_joint, estimate_noise, transition_of
+from .ledger import Ledger, confident_joint, estimate_noise, transition_of
 from .noise import NoiseRecord, _names, plot_noise
 from .blocks import NoisyLabel, item_key
 from .lab.store import ImageStore, MemoryDatasets, MemoryDL
-from .callback import JoCorCallback, PeersCallback, _class_names
+from .callback import JoCorCallback, PeersCallback
+from .state import class_names_of as _class_names
 
 # %% ../nbs/06_audit.ipynb #a0d10006
 def _items_of(ds, n):
@@ -42,7 +43,7 @@ def _by_name(codes, vocab):
 def ledger(self:PeersCallback)->pd.DataFrame: # A row an item
     "What training has shown of each item, one row by position in the training set; `true` and `flipped` where the truth is known"
     if self.items is None: raise ValueError("the callback holds no ledger: train with it first, on a training set that has a length")
-    f,src,rec = self.items.frame(),self.source,self.noise
+    f,src,rec = self.items.frame().rename(columns=dict(given_label='given', predicted_label='vote')),self.source,self.noise
     names = dict(item=_items_of(src.ds, len(f)), given=_by_name(f.given, src.vocab), vote=_by_name(f.vote, src.vocab))
     if rec is not None and len(rec) == len(f): names |= dict(true=_by_name(rec.true, src.vocab), flipped=rec.flipped)
     return pd.concat([pd.DataFrame(names, index=f.index), f.drop(columns=['given','vote'])], axis=1).rename_axis('position')
@@ -184,7 +185,7 @@ def estimated_record(
     vocab # Class names, or their number
 )->NoiseRecord: # The votes that stand out against the given labels, as if these were the truth
     "Make a record of corruption from what a ledger believes"
-    f = ledger.frame()
+    f = ledger.frame().rename(columns=dict(given_label='given', predicted_label='vote'))
     f = f[(f.given >= 0) & (f.vote >= 0) & f.prob.notna()]
     return NoiseRecord(np.where(_against(f), f.vote, f.given), f.given.to_numpy(), vocab)
 
@@ -289,7 +290,7 @@ class SuspectsLearner(GetAttr):
     ): self.learn,self.cb,self.score = learn,cb,score
     def get_preds(self, dl=None, **kwargs):
         if dl is None or dl.dataset is not self.learn.dls.train.dataset: return self.learn.get_preds(dl=dl, **kwargs)
-        f = self.cb.items.frame()
+        f = self.cb.items.frame().rename(columns=dict(given_label='given', predicted_label='vote'))
         if len(f) != len(dl.dataset): raise ValueError(f"learn trains on {len(dl.dataset)} items, but the ledger is of {len(f)}: pass the learner that the callback trained")
         known = torch.tensor(_given_codes(dl) if (f.given < 0).any() else f.given.to_numpy())
         return None,known,None,torch.tensor((_against(f) + suspect_scores[self.score](f).rank(pct=True).fillna(0.)).to_numpy())

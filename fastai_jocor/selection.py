@@ -6,32 +6,31 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/selection.html.md"""
 
 # %% auto #0
 __all__ = ['check_forget_rate', 'default_num_gradual', 'forget_schedule', 'keep_count', 'select_small', 'select_small_global',
-           'selection_counts', 'label_precision', 'label_recall', 'Ledger', 'class_quantiles', 'confident_joint',
-           'transition_of', 'NoiseEstimate', 'estimate_noise']
+           'precision_and_recall', 'share', 'class_quantiles']
 
-# %% ../nbs/01_selection.ipynb #1bbc6282
+# %% ../nbs/01_selection.ipynb #73c3fc0b
 import numpy as np, torch
-from dataclasses import dataclass
 from numbers import Integral
 from torch import Tensor
 from .losses import check_number
 
-# %% ../nbs/01_selection.ipynb #a220fe8f
+# %% ../nbs/01_selection.ipynb #8c34f3fc
 def check_forget_rate(
     tau:float, # Share of each batch to drop
     name:str='forget_rate' # Name of the argument, for the error
 )->float: # `tau`
     "Return `tau`, or raise a `ValueError` if it is outside [0, 1)"
-    return check_number(name, tau, lambda v: 0 <= v < 1, 'lie in [0, 1): the share of each batch that is dropped, about the share of wrong labels')
+    return check_number(name, tau, lambda v: 0 <= v < 1,
+                        'lie in [0, 1): the share of each batch that is dropped, about the share of wrong labels')
 
 def default_num_gradual(
     n_epoch:int, # Number of epochs of the run
     n_batch:int=None # Training batches in an epoch; `None` for as many as the papers have, or more
 )->int: # Epochs over which the forget rate rises
-    "The papers' 10 epochs, or the 3,900 batches that these have on CIFAR if the data are smaller, but at most half of the run"
+    "The papers' 10 epochs, or their 3,900 batches if the data are smaller, but at most half of the run"
     return min(10 if n_batch is None else max(10, -(-3900//n_batch)), n_epoch//2)
 
-# %% ../nbs/01_selection.ipynb #931b117b
+# %% ../nbs/01_selection.ipynb #34167dfa
 def forget_schedule(
     tau:float, # Final forget rate τ, in [0, 1): the expected share of wrong labels
     n_epoch:int, # Number of epochs of the run, at least 1
@@ -42,137 +41,60 @@ def forget_schedule(
     check_forget_rate(tau, 'tau')
     if n_epoch < 1: raise ValueError(f"n_epoch={n_epoch!r} must be at least 1")
     if num_gradual is None: num_gradual = default_num_gradual(n_epoch)
-    check_number('num_gradual', num_gradual, lambda v: isinstance(v, Integral) and v >= 0, 'be an integer of at least 0: the epochs over which the forget rate rises')
+    check_number('num_gradual', num_gradual, lambda v: isinstance(v, Integral) and v >= 0,
+                 'be an integer of at least 0: the epochs over which the forget rate rises')
     check_number('exponent', exponent, lambda v: 0 < v < float('inf'), 'be greater than 0 and finite')
     rise = np.linspace(0, tau**exponent, num_gradual)
     return np.concatenate([rise, np.full(n_epoch, float(tau))])[:n_epoch]
 
-# %% ../nbs/01_selection.ipynb #e6b38d36
+# %% ../nbs/01_selection.ipynb #dbe75390
 def keep_count(
     n:int, # Items in the batch
-    forget_rate:float # Share to drop, in [0, 1)
+    R:float # Share to drop, in [0, 1)
 )->int: # Items to keep, at least 1
     "Count the items that a batch keeps: `int((1 - R) * n)` as in the official code, at least one"
-    return max(int((1-forget_rate)*n), 1)
+    return max(int((1-R)*n), 1)
 
 def select_small(
     loss:Tensor, # Loss per item, shape (N,), on any device
-    forget_rate:float # Share to drop, in [0, 1)
-)->Tensor: # Indices of the kept items in order of rising loss, shape (keep_count(N, forget_rate),)
+    R:float # Share to drop, in [0, 1)
+)->Tensor: # Indices of the kept items in order of rising loss, shape (keep_count(N, R),)
     "Find the items with the smallest loss, never one with a NaN or an infinite loss, without a host synchronisation"
-    check_forget_rate(forget_rate)
-    if loss.ndim != 1 or not len(loss): raise ValueError(f"loss of shape {tuple(loss.shape)} must have one dimension with at least one item: one loss per item")
-    n,inf = keep_count(len(loss), forget_rate),torch.inf
+    check_forget_rate(R, 'R')
+    if loss.ndim != 1 or not len(loss):
+        raise ValueError(f"loss of shape {tuple(loss.shape)} must have one dimension with at least one item: "
+                         "one loss per item")
+    n,inf = keep_count(len(loss), R),torch.inf
     small,idx = loss.detach().nan_to_num(inf, inf, inf).topk(n, largest=False)
     return idx[torch.arange(n, device=loss.device) % (small < inf).sum().clamp(1, n)]
 
-# %% ../nbs/01_selection.ipynb #5f4dbf92
+# %% ../nbs/01_selection.ipynb #038795b3
 def select_small_global(
     loss:Tensor, # Loss per item of this process, shape (N,), N the same in every process
-    forget_rate:float # Share of the union to drop, in [0, 1)
-)->tuple: # How often each own item is kept, shape (N,), float, and the number of items that are kept in all processes together
+    R:float # Share of the union to drop, in [0, 1)
+)->tuple: # How often each own item is kept, shape (N,), float; how many are kept in all processes together
     "Find the items with the smallest losses over all processes of `torch.distributed`"
     from torch import distributed as dist
     own,world = loss.detach().contiguous(),dist.get_world_size()
     parts = [torch.empty_like(own) for _ in range(world)]
     dist.all_gather(parts, own)
-    kept = select_small(torch.cat(parts), forget_rate)
+    kept = select_small(torch.cat(parts), R)
     times = own.new_zeros(world*len(own)).index_add_(0, kept, own.new_ones(len(kept)))
     return times.view(world, -1)[dist.get_rank()],len(kept)
 
-# %% ../nbs/01_selection.ipynb #6d814177
-def selection_counts(
-    kept:Tensor, # Indices of the kept items, shape (n,)
-    clean:Tensor # Whether the given label is the true one, shape (N,), bool
-)->Tensor: # [kept items that are clean, kept items, clean items], shape (3,), int64
-    "Count what label precision and label recall are made of, to be added up over batches"
-    hit = clean[kept].sum()
-    return torch.stack([hit, torch.full_like(hit, len(kept)), clean.sum()])
+# %% ../nbs/01_selection.ipynb #632d2905
+def precision_and_recall(
+    times:Tensor, # How often each item was kept, shape (m,)
+    clean:Tensor # Whether its given label is the true one, shape (m,), bool
+)->tuple: # Label precision and label recall, in [0, 1]; NaN where nothing was kept, or nothing is clean
+    "The share of clean items among the kept, and of kept items among the clean"
+    times = times.double()
+    hit = times[clean].sum()
+    return share(hit, times.sum()), share(hit, clean.sum())
 
-def label_precision(
-    counts:Tensor # Of `selection_counts`, shape (..., 3)
-)->Tensor: # In [0, 1], shape (...)
-    "Share of the kept items whose label is clean"
-    return counts[...,0]/counts[...,1]
-
-def label_recall(
-    counts:Tensor # Of `selection_counts`, shape (..., 3)
-)->Tensor: # In [0, 1], shape (...); NaN where no item is clean
-    "Share of the clean items that are kept"
-    return counts[...,0]/counts[...,2]
-
-# %% ../nbs/01_selection.ipynb #1ed9e700
-def _turns(idx):
-    "Which time, from 0 on, each entry of `idx` occurs"
-    s,order = idx.sort(stable=True)
-    return torch.empty_like(idx).scatter_(0, order, torch.arange(len(s), device=s.device) - torch.searchsorted(s, s))
-
-class Ledger:
-    "Keep running figures of every training item, 52 bytes each, however long the training"
-    _ints,_floats = ('seen','scored','agreed','as_given','vote','lead','given'),('kept','loss','last_loss','recent_loss','prob','conf')
-    weight = .7 # Of the latest loss in `recent_loss`; what was there before keeps the rest
-    def __init__(self,
-        n:int, # Number of items
-        device='cpu' # Where the figures are kept
-    ):
-        self.n,self.device = n,torch.device(device)
-        for name in self._ints:   setattr(self, name, torch.zeros(n, dtype=torch.int32, device=device))
-        for name in self._floats: setattr(self, name, torch.zeros(n, device=device))
-        self.vote.fill_(-1); self.given.fill_(-1); self.last_loss.fill_(torch.nan); self.recent_loss.fill_(torch.nan)
-
-    @torch.no_grad()
-    def update(self,
-        idx:Tensor, # Items in the order in which they were seen, shape (m,), in [0, n); an item may occur several times
-        loss:Tensor, # Loss of each, shape (m,); infinite where it is not finite, NaN where it was not computed
-        prob:Tensor, # Mean probability of the given label, shape (m,)
-        vote:Tensor, # Label of the largest mean probability, shape (m,); -1 for none
-        as_given:Tensor, # Whether the vote is the given label, shape (m,), bool
-        agree:Tensor, # Whether all peers vote alike, shape (m,), bool
-        kept:Tensor, # How often each was kept, shape (m,), float
-        conf:Tensor, # Mean probability of the vote, shape (m,)
-        given:Tensor # Given label of each, shape (m,); -1 where it is not one class
-    ):
-        "Add what was seen of some items"
-        scored = ~loss.isnan()
-        self.seen.index_add_(0, idx, torch.ones_like(idx, dtype=torch.int32))
-        self.kept.index_add_(0, idx, kept.float())
-        idx,loss,prob,vote,as_given,agree,conf,given = (o[scored] for o in (idx,loss,prob,vote,as_given,agree,conf,given))
-        self.given[idx] = given.int()
-        ok = loss.isfinite()
-        for name,o in dict(scored=ok, agreed=agree & ok, as_given=as_given & ok).items(): getattr(self, name).index_add_(0, idx, o.int())
-        for name,o in dict(loss=loss, prob=prob, conf=conf).items(): getattr(self, name).index_add_(0, idx, torch.where(ok, o, 0.).float())
-        latest,times = (idx,loss,vote.int(),ok),int(idx.bincount().max()) if len(idx) else 0
-        if times == 1: self._latest(*latest)
-        else:
-            turn = _turns(idx)
-            for t in range(times): self._latest(*(o[turn==t] for o in latest))
-
-    def _latest(self, idx, loss, vote, ok):
-        "Keep the last loss, a running mean in which late losses count most, and the label that most votes are for (majority vote of Boyer and Moore, 1991), each item once"
-        self.last_loss[idx] = loss.float()
-        idx,loss,vote = idx[ok],loss[ok].float(),vote[ok]
-        before = self.recent_loss[idx]
-        self.recent_loss[idx] = torch.where(before.isnan(), loss, before.lerp(loss, self.weight))
-        old,lead = self.vote[idx],self.lead[idx]
-        self.vote[idx] = torch.where(lead == 0, vote, old)
-        self.lead[idx] = torch.where((lead == 0) | (vote == old), lead+1, lead-1)
-
-    def frame(self):
-        "The figures as a `DataFrame`, one row per item: sums as means over what was seen, NaN for items that never were"
-        import pandas as pd
-        f = {name: getattr(self, name).cpu().numpy() for name in (*self._ints, *self._floats)}
-        with np.errstate(invalid='ignore', divide='ignore'):
-            means = {name: f[o]/f['scored'] for name,o in dict(loss='loss', prob='prob', conf='conf', votes_given='as_given', agreement='agreed').items()}
-            return pd.DataFrame(dict(seen=f['seen'], kept=f['kept']/f['seen'], last_loss=f['last_loss'], recent_loss=f['recent_loss'], given=f['given'], vote=f['vote'], stability=(1+f['lead']/f['scored'])/2, **means)).rename_axis('item')
-
-    def state(self):
-        "All figures as a `dict` of tensors"
-        return {name: getattr(self, name) for name in (*self._ints, *self._floats)}
-
-    def load_state(self, state):
-        "Take over figures of `state()`"
-        for name,o in state.items(): setattr(self, name, o.to(self.device).clone())
-        return self
+def share(a, b):
+    "`a/b` as a number; NaN where `b` is 0"
+    return float(a)/float(b) if b else float('nan')
 
 # %% ../nbs/01_selection.ipynb #8aafb3c7
 def class_quantiles(
@@ -192,59 +114,3 @@ def class_quantiles(
     n = targ.bincount(minlength=n_classes)
     at = n.cumsum(0)-n + (q*(n-1)).long()
     return torch.where(n > 0, loss[order][at.clamp(max=len(loss)-1)], res)
-
-# %% ../nbs/01_selection.ipynb #862fc109
-def confident_joint(
-    ledger, # A `Ledger`, or its `frame()`
-    n_classes:int # Number of classes C, at least 2
-)->np.ndarray: # Share of the items with true label i and given label j, shape (C, C), float64; sums to 1
-    "Estimate the joint distribution of true and given labels from what the peers believe (confident learning, Northcutt et al. 2021)"
-    f = ledger.frame() if isinstance(ledger, Ledger) else ledger
-    f = f[(f.given >= 0) & (f.vote >= 0) & f.prob.notna()]
-    given,vote,prob,conf = (f[o].to_numpy() for o in ('given','vote','prob','conf'))
-    if len(f) == 0: raise ValueError("ledger holds no item with a given label that was seen: train with it first")
-    n = np.bincount(given, minlength=n_classes)
-    least = np.bincount(given, prob, n_classes)/np.maximum(n, 1)
-    against = (vote != given) & (conf >= least[vote]) & (n[vote] > 0)
-    sure = against | (prob >= least[given] - 1e-12)
-    counts = np.zeros((n_classes,n_classes))
-    np.add.at(counts, (np.where(against, vote, given)[sure], given[sure]), 1)
-    return counts/np.maximum(counts.sum(0), 1)*n/len(f)
-
-def transition_of(
-    joint:np.ndarray # Of `confident_joint`, shape (C, C)
-)->np.ndarray: # `T[i,j]`: probability that an item of class i is labelled j, shape (C, C); the identity in the row of a class without items
-    "Give the transition matrix of a joint distribution of true and given labels"
-    n = joint.sum(1, keepdims=True)
-    return np.where(n > 0, joint/np.where(n > 0, n, 1), np.eye(len(joint)))
-
-@dataclass
-class NoiseEstimate:
-    "The share of wrong labels as the ledger of the first epochs tells it"
-    rate:float # The share τ to train with, in [0, 1)
-    joint:float # What the confident joint gives
-    votes:float # What the votes give: those against the label, less those in doubt
-    doubt:float # Share of the sightings in which the peers did not vote alike; of a single network, of its votes that were not for the item's majority
-    trusted:bool # Whether few enough votes are in doubt
-    def __str__(self):
-        if self.trusted: return f"{self.rate:.1%} of the labels look wrong"
-        how = f'with the smaller, {self.rate:.2f}' if self.rate else 'without dropping any item'
-        return (f"the noise rate cannot be told from what the peers have learned so far: sure votes give {self.joint:.2f}, all votes less the {self.doubt:.0%} in doubt {self.votes:.2f}, and neither is to be trusted; "
-                f"training goes on {how}. Pass forget_rate, your guess of the share of wrong labels, or lengthen the warm-up with a larger num_gradual")
-
-def estimate_noise(
-    ledger, # A `Ledger`, or its `frame()`
-    n_classes:int, # Number of classes C, at least 2
-    max_doubt:float=0.2 # Largest share of votes in doubt with which the confident joint is trusted, in [0, 1]; with more than twice as many, nothing is
-)->NoiseEstimate: # The estimate, and what it was made of
-    "Estimate the share of wrong labels by the confident joint; with more votes in doubt by the smaller of two estimates, and with most in doubt as 0"
-    f = ledger.frame() if isinstance(ledger, Ledger) else ledger
-    f = f[(f.given >= 0) & (f.vote >= 0) & f.prob.notna()]
-    if len(f) == 0: return NoiseEstimate(0., 0., 0., 1., False)
-    joint = 1-float(np.trace(confident_joint(f, n_classes)))
-    single = (f.agreement == 1).all()
-    doubt = 1-float((f.stability if single else f.agreement).mean())
-    votes = max(float((f.vote != f.given).mean())-doubt, 0.)
-    trusted = doubt <= max_doubt
-    rate = joint if trusted else 0. if single or doubt > 2*max_doubt else min(joint, votes)
-    return NoiseEstimate(min(rate, .95), joint, votes, doubt, trusted)
