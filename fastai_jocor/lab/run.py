@@ -6,53 +6,69 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/lab/run.html.md"""
 
 # %% auto #0
 __all__ = ['PeerAccuracy', 'PaperSchedule', 'PlainTable', 'fast_adam', 'run_learner', 'run_history', 'summarise', 'machine',
-           'Checkpoint', 'run', 'save_run', 'plot_history']
+           'RunProgress', 'run', 'save_run', 'plot_history']
 
-# %% ../../nbs/lab/02b_run.ipynb #1ab20002
+# %% ../../nbs/lab/02b_run.ipynb #0cd17b67
 import json, os, platform, sys, time, numpy as np, pandas as pd, torch
 import matplotlib.pyplot as plt
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
 from .datasets import cifar10_dls, cifar100_dls, digits_dls, mnist_dls, jocor_cnn, jocor_mlp
 from ..peers import Peers
-from ..callback import AutocastBF16, ColumnsCallback, is_validating, random_states, restore_random_states
+from ..files import write_aside, write_text
+from ..batch import is_validating
+from ..step import AutocastBF16
+from ..resume import Checkpoint
 from .config import RunConfig
 
-# %% ../../nbs/lab/02b_run.ipynb #c6ea3c91
-class PeerAccuracy(ColumnsCallback):
-    "Add the mean validation accuracy of the individual peers to the table, and keep each peer's"
-    order,columns = -4,('peer_accuracy',)
-    def __init__(self):
-        super().__init__()
-        self.each,self._hooks,self._n = [],[],0
+_aside,_write = write_aside,write_text
 
-    def before_fit(self): self.run = not is_validating(self.learn)
+# %% ../../nbs/lab/02b_run.ipynb #0fb1fb31
+class PeerAccuracy(Callback):
+    "Add the mean validation accuracy of the individual peers to the table, and keep each peer's"
+    order = -4
+    def __init__(self):
+        self.each,self.hooks,self.counted = [],[],0
+        self.met = ValueMetric(self.latest, 'peer_accuracy')
+
+    def latest(self): return float(np.mean(self.each[-1]))
+
+    def before_fit(self):
+        self.run = not is_validating(self.learn)
+        if not self.run: return
+        self.undo()
+        self.learn.metrics = self.learn.metrics + [self.met]
+
     def before_validate(self):
         nets = self.model.peers if isinstance(self.model, Peers) else [self.model]
-        self._right,self._n = 0,0
-        self._outs = [None]*len(nets)
-        self._hooks = [m.register_forward_hook(partial(self._keep, i)) for i,m in enumerate(nets)]
+        self.right,self.counted = 0,0
+        self.outs = [None]*len(nets)
+        self.hooks = [m.register_forward_hook(partial(self._keep, i)) for i,m in enumerate(nets)]
 
-    def _keep(self, i, m, inp, out): self._outs[i] = out.argmax(-1)
+    def _keep(self, i, m, inp, out): self.outs[i] = out.argmax(-1)
+
     def after_batch(self):
         if self.training: return
-        self._right += (torch.stack(self._outs) == self.yb[0]).sum(1)
-        self._n += len(self.yb[0])
+        self.right += (torch.stack(self.outs) == self.yb[0]).sum(1)
+        self.counted += len(self.yb[0])
 
     def after_validate(self):
-        self.detach()
+        self._unhook()
+        self.each.append((self.right/self.counted).tolist())
 
-    def detach(self):
-        for h in self._hooks: h.remove()
-        self._hooks = []
+    def _unhook(self):
+        for h in self.hooks: h.remove()
+        self.hooks = []
 
-    def epoch_values(self):
-        if self._n == 0: return None
-        self.each.append((self._right/self._n).tolist())
-        self._n = 0
-        return [float(np.mean(self.each[-1]))]
+    def undo(self):
+        self._unhook()
+        self.learn.metrics = [m for m in self.learn.metrics if m is not self.met]
+
+    def after_fit(self): self.undo()
+    def state_dict(self): return dict(each=self.each)
+    def load_state_dict(self, state): self.each = state['each']
 
 # %% ../../nbs/lab/02b_run.ipynb #dd86d71f
 class PaperSchedule(Callback):
@@ -88,7 +104,7 @@ def fast_adam(
     "torch's fused Adam as a fastai optimizer: one call a step instead of Python for each parameter"
     return OptimWrapper(params, opt=partial(torch.optim.Adam, fused=True), **kwargs)
 
-# %% ../../nbs/lab/02b_run.ipynb #0579359b
+# %% ../../nbs/lab/02b_run.ipynb #16fe9726
 def run_learner(
     cfg:RunConfig, # The run
     path=None # Folder of the data set; `None` for its default
@@ -108,16 +124,13 @@ def run_learner(
 
 def run_history(
     learn:Learner, # After a fit
-    peer_acc:PeerAccuracy, # The callback of that fit
-    before:pd.DataFrame=None # The epochs before a resumed fit; `None` for none
+    peer_acc:PeerAccuracy # The callback of that fit
 )->pd.DataFrame: # A row an epoch
-    "The epoch table as a `DataFrame`, with the accuracy of each peer; `before` holds the epochs before a resumed fit"
+    "The epoch table as a `DataFrame`, with the accuracy of each peer"
     names = list(learn.recorder.metric_names)[:-1]
-    start = 0 if before is None else len(before)
-    rows = [[i,*v] for i,v in enumerate(learn.recorder.values)][start:]
-    df = pd.DataFrame(rows, columns=names)
+    df = pd.DataFrame([[i,*v] for i,v in enumerate(learn.recorder.values)], columns=names)
     for i,acc in enumerate(zip(*peer_acc.each[:len(df)])): df[f'peer_{i}'] = acc
-    return df if not start else pd.concat([before, df], ignore_index=True) if len(df) else before
+    return df
 
 def summarise(
     history:pd.DataFrame, # Of `run_history`
@@ -125,13 +138,14 @@ def summarise(
 )->dict: # Accuracies in [0, 1]
     "Score a run: means over the last epochs, the last epoch, and the best epoch apart"
     end = history.tail(last)
-    res = dict(epochs=len(history), peer_accuracy=end.peer_accuracy.mean(), ensemble_accuracy=end.accuracy.mean(), last_accuracy=history.accuracy.iloc[-1],
+    means = {f'{who}_accuracy': end[column].mean() for who,column in (('peer','peer_accuracy'),('ensemble','accuracy'))}
+    res = dict(epochs=len(history), **means, last_accuracy=history.accuracy.iloc[-1],
                best_epoch=history.accuracy.idxmax(), best_accuracy=history.accuracy.max())
     for name in ('label_precision','label_recall'):
         if name in history: res[name] = end[name].mean()
     return {k: v.item() if isinstance(v, np.generic) else v for k,v in res.items()}
 
-# %% ../../nbs/lab/02b_run.ipynb #8a03871f
+# %% ../../nbs/lab/02b_run.ipynb #321c1faf
 def machine()->dict: # Processor, cores, threads, device, and versions
     "Where a figure was measured"
     import fastai, fastai_jocor
@@ -142,86 +156,26 @@ def _processor():
     try: return next(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name'))
     except (OSError, StopIteration): return platform.processor() or platform.machine()
 
-@contextmanager
-def _aside(path):
-    "A name to write to, which then takes the place of `path`: a file is there whole or not at all"
-    tmp = Path(f'{path}.{os.getpid()}.tmp')
-    try:
-        yield tmp
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
-
-def _write(path, text):
-    with _aside(path) as tmp: tmp.write_text(text, encoding='utf-8')
-
-# %% ../../nbs/lab/02b_run.ipynb #5c100005
-def _plain(o):
-    "Values that `torch.load` reads without running anything: plain tensors, numbers and containers"
-    if isinstance(o, dict): return {k: _plain(v) for k,v in o.items()}
-    if isinstance(o, (list,tuple,L)): return [_plain(v) for v in o]
-    return o.item() if isinstance(o, np.generic) else o.as_subclass(Tensor) if isinstance(o, Tensor) else o
-
-class Checkpoint(Callback):
-    "Write what a run needs to go on after it was killed, and go on from there"
-    order = 62
+# %% ../../nbs/lab/02b_run.ipynb #8a62136d
+class RunProgress(Callback):
+    "Seconds that a run has taken over all its processes, and its finished epochs in a file"
+    order = 63
     def __init__(self,
-        out, # Folder of the run
-        cfg:RunConfig, # A checkpoint of another configuration is left out
-        peer_acc:PeerAccuracy, # Holds the accuracies of the peers
-        parts=(), # Further objects with a state, such as the method's callback: those with `state_dict` and `load_state_dict` are kept
-        every:int=None, # Epochs between checkpoints; `None` for a tenth of the run
-        seconds:float=600. # Write one after this time, too
-    ):
-        self.out,self.cfg,self.peer_acc,self.every,self.seconds = Path(out),cfg,peer_acc,every or max(1, cfg.epochs//10),seconds
-        self.parts = [o for o in parts if hasattr(o, 'state_dict') and hasattr(o, 'load_state_dict')]
-        self.file,self.state,self.before,self.spent = self.out/'checkpoint.pth',None,None,0.
+        file=None # Where to write how many epochs are finished; `None` for nowhere
+    ): self.file,self.before = file,0.
+    def before_fit(self): self.begin = time.perf_counter()
 
     @property
-    def start(self): return 0 if self.state is None else self.state['epoch']+1
-
-    def load(self, learn):
-        "Bring a learner to where the checkpoint was written; one that cannot be read, or of another configuration, is left out"
-        if not self.file.exists(): return
-        try:
-            state = torch.load(self.file, weights_only=True)
-            if RunConfig(**state['config']).plain() != self.cfg.plain(): return
-            if missing := {'epoch','peers','model','opt','parts','rows','seconds','smooth','random'} - set(state): raise KeyError(f"it lacks {', '.join(sorted(missing))}")
-        except Exception as e:
-            warnings.warn(f'{self.file} cannot be read ({type(e).__name__}: {e}): the run starts anew')
-            return
-        if state['peers']: learn.to_peers(state['peers'])
-        elif learn.opt is None: learn.create_opt()
-        learn.model.load_state_dict(state['model'])
-        learn.opt.load_state_dict(state['opt'])
-        for o,st in zip(self.parts, state['parts']): o.load_state_dict(st)
-        self.state,self.before,self.spent = state,pd.DataFrame(state['rows']),state['seconds']
-
-    def before_fit(self): self.begin = self.last = time.perf_counter()
-    def history(self): return run_history(self.learn, self.peer_acc, self.before)
-    def elapsed(self): return self.spent + time.perf_counter()-self.begin
-
-    def before_train(self):
-        if self.state is None or self.epoch != self.start: return
-        self.recorder.smooth_loss.count,self.recorder.smooth_loss.val = self.state['smooth']
-        restore_random_states(self.state['random'], self.dls)
+    def seconds(self): return self.before + time.perf_counter()-self.begin
 
     def after_epoch(self):
-        n,now = self.epoch+1,time.perf_counter()
-        if self.epoch < self.start or n == self.n_epoch: return
-        if n%self.every == 0 or now-self.last > self.seconds: self.save()
-        _write(self.out/'progress', str(n))
+        if self.file: write_text(self.file, str(self.epoch+1))
+    def after_fit(self):
+        if self.file: Path(self.file).unlink(missing_ok=True)
+    def state_dict(self): return dict(seconds=self.seconds)
+    def load_state_dict(self, state): self.before = state['seconds']
 
-    def save(self):
-        smooth = self.recorder.smooth_loss
-        state = dict(config=asdict(self.cfg), epoch=self.epoch, peers=self.model.k if isinstance(self.model, Peers) else 0, model=self.model.state_dict(), opt=_plain(self.opt.state_dict()),
-                     parts=_plain([o.state_dict() for o in self.parts]), rows=self.history().to_dict('list'), seconds=self.elapsed(), smooth=_plain((smooth.count, smooth.val)), random=random_states(self.dls))
-        with _aside(self.file) as tmp: torch.save(state, tmp)
-        self.last = time.perf_counter()
-
-    def remove(self):
-        for f in (self.file, self.out/'progress'): f.unlink(missing_ok=True)
-
-# %% ../../nbs/lab/02b_run.ipynb #58c4f0e2
+# %% ../../nbs/lab/02b_run.ipynb #74f82462
 def run(
     cfg:RunConfig, # The run
     out=None, # Folder for config.json, history.csv, learning_curve.png, model.pth and result.json; `None` writes nothing
@@ -235,28 +189,29 @@ def run(
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
         for f in ('result.json','learning_curve.png','model.pth',*(() if resume else ('history.csv',))): (Path(out)/f).unlink(missing_ok=True)
-        _write(Path(out)/'config.json', json.dumps(asdict(cfg), indent=1))
+        write_text(Path(out)/'config.json', json.dumps(asdict(cfg), indent=1))
     if not (verbose and sys.stdout.isatty()): learn.remove_cb(ProgressCallback)
-    ckpt = Checkpoint(out, cfg, peer_acc, (cb,learn.loss_func)) if resume else None
-    if resume: ckpt.load(learn)
-    cbs = L(peer_acc) + L(cb) + L(ckpt) + (L(PlainTable()) if verbose and not sys.stdout.isatty() else L())
-    kw,start = dict(start_epoch=ckpt.start if resume else 0),time.perf_counter()
-    before = ckpt.before if resume else None
+    progress = RunProgress(Path(out)/'progress' if resume else None)
+    cbs = L(cb) + L(peer_acc, progress)
+    if resume: cbs += _checkpoint(cfg, out)
+    if verbose and not sys.stdout.isatty(): cbs += PlainTable()
     with nullcontext() if verbose else learn.no_logging():
         try:
-            if cfg.schedule == 'paper': learn.fit(cfg.epochs, cfg.lr, cbs=cbs + PaperSchedule(cfg.lr), **kw)
-            else: learn.fit_one_cycle(cfg.epochs, cfg.lr, cbs=cbs, **kw)
+            if cfg.schedule == 'paper': learn.fit(cfg.epochs, cfg.lr, cbs=cbs + PaperSchedule(cfg.lr))
+            else: learn.fit_one_cycle(cfg.epochs, cfg.lr, cbs=cbs)
         except BaseException:
-            if out is not None and peer_acc.each: _write_history(Path(out), run_history(learn, peer_acc, before))
+            if out is not None and peer_acc.each: _write_history(Path(out), run_history(learn, peer_acc))
             raise
-    history = run_history(learn, peer_acc, before)
-    seconds = time.perf_counter()-start + (ckpt.spent if resume else 0)
-    result = dict(name=cfg.name, **summarise(history), seconds=round(seconds, 1), config=asdict(cfg), machine=machine())
+    history = run_history(learn, peer_acc)
+    result = dict(name=cfg.name, **summarise(history), seconds=round(progress.seconds, 1), config=asdict(cfg), machine=machine())
     if out is not None: save_run(Path(out), cfg, learn, history, result, extras)
-    if resume: ckpt.remove()
     return learn,history,result
 
-def _write_history(out, history): _write(out/'history.csv', history.to_csv(index=False, float_format='%.6g'))
+def _checkpoint(cfg, out):
+    "A checkpoint every tenth of the run, or every ten minutes"
+    return Checkpoint(Path(out)/'checkpoint.pth', max(1, cfg.epochs//10), seconds=600., config=asdict(cfg.plain()))
+
+def _write_history(out, history): write_text(out/'history.csv', history.to_csv(index=False, float_format='%.6g'))
 
 def save_run(
     out:Path, # Folder of the run, which is there
@@ -269,10 +224,10 @@ def save_run(
     "Write what a run leaves, result.json last"
     _write_history(out, history)
     if extras:
-        with _aside(out/'model.pth') as tmp: torch.save(learn.model.state_dict(), tmp)
+        with write_aside(out/'model.pth') as tmp: torch.save(learn.model.state_dict(), tmp)
         plot_history(history, cfg).savefig(out/'learning_curve.png', dpi=100)
         plt.close()
-    _write(out/'result.json', json.dumps(result, indent=1))
+    write_text(out/'result.json', json.dumps(result, indent=1))
 
 # %% ../../nbs/lab/02b_run.ipynb #386edda9
 def plot_history(
