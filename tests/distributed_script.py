@@ -6,7 +6,8 @@ os.environ['ACCELERATE_USE_CPU'] = 'true'
 from fastai.vision.all import Callback, Learner, noop, rank_distrib
 from fastai.distributed import *
 from fastai_jocor.all import *
-from fastai_jocor import callback
+from fastai_jocor import record
+from fastai_jocor.batch import loaders_talk_over_the_cpu
 from fastai.optimizer import OptimWrapper
 
 def net(): return jocor_mlp(10, 64, 32)
@@ -14,7 +15,7 @@ def net(): return jocor_mlp(10, 64, 32)
 class Keep(Callback):
     order,run_valid = 20,False
     def __init__(self, cb): self.cb,self.batches = cb,[]
-    def before_batch(self): self.batches.append([self.xb[0].clone().as_subclass(torch.Tensor), self.yb[0].clone().as_subclass(torch.Tensor), self.cb.rate])
+    def before_batch(self): self.batches.append([self.xb[0].clone().as_subclass(torch.Tensor), self.yb[0].clone().as_subclass(torch.Tensor), self.cb.R])
 
 class Sights(Callback):
     "What this process sees of each item, in order; which item it is tells its picture"
@@ -38,18 +39,18 @@ def main(out, select, n, method='JoCorCallback'):
     cb = globals()[method](k=3, select=select, num_gradual=0)
     keep,sights = Keep(cb),Sights()
     auto = JoCorCallback(k=3, select=select, num_gradual=0, forget_rate='auto', balance=.5)
-    with learn.distrib_ctx(sync_bn=False):
+    with learn.distrib_ctx(sync_bn=False), loaders_talk_over_the_cpu():
         learn.remove_cb(learn.progress) if hasattr(learn,'progress') else None
         learn.fit(1, 0., cbs=JoCorCallback(k=3, num_gradual=0))
-        start = {k: v.clone() for k,v in learn.model.state_dict().items() if k != 'run_state'}
+        start = {k: v.clone() for k,v in learn.model.state_dict().items()}
         learn.opt = None
         learn.fit(2, .1, cbs=[cb,keep,sights])
-        final = {k: v.clone() for k,v in learn.model.state_dict().items() if k != 'run_state'}
+        final = {k: v.clone() for k,v in learn.model.state_dict().items()}
         valid = learn.validate()
-        own = callback.estimate_noise
-        callback.estimate_noise = lambda *args: replace(own(*args), rate=.1+.2*rank_distrib())
+        own = record.estimate_noise
+        record.estimate_noise = lambda *args: replace(own(*args), rate=.1+.2*rank_distrib())
         learn.fit(3, 1e-3, cbs=auto)
     torch.save(dict(start=start, final=final, batches=keep.batches, history=cb.history.to_dict('list'), valid=list(valid), n=len(dls.train_ds), idxs=None,
-        seen=sights.seen, items=cb.items.frame(), estimate=auto.estimate, behind=auto.behind, rates=auto.history.forget_rate.tolist()), Path(out)/f'rank{rank_distrib()}.pt')
+        seen=sights.seen, items=cb.items.frame(), estimate=auto.estimate, behind=auto.behind, rates=auto.history.R.tolist()), Path(out)/f'rank{rank_distrib()}.pt')
 
 if __name__ == '__main__': main(sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:])

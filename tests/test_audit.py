@@ -480,7 +480,7 @@ def test_no_rate_is_needed_and_a_later_fit_keeps_the_estimate():
         est = cb.estimate
         assert est is not None and cb.history.noise_rate.tolist()[1:] == [est.rate]*2
         learn.fit(1, 1e-2, cbs=cb)
-        assert cb.estimate is est and cb.history.forget_rate.tolist()[3] == pytest.approx(est.rate)
+        assert cb.estimate is est and cb.history.R.tolist()[3] == pytest.approx(est.rate)
         with learn.added_cbs(cb): learn.lr_find(num_it=5, show_plot=False)
     assert cb.estimate is est and len(cb.history) == 4
 
@@ -492,7 +492,7 @@ def test_an_estimate_that_is_not_to_be_trusted(recwarn):
     told = [str(w.message) for w in recwarn if 'cannot be told' in str(w.message)]
     assert len(told) == 1 and not cb.estimate.trusted and 'forget_rate' in told[0] and cb.estimate.rate < cb.estimate.joint
     assert (cb.warm_up,cb.gradual) == (2,4) and cb.history.noise_rate.isna().tolist() == [True]*3+[False]*5
-    assert cb.history.forget_rate.max() == cb.estimate.rate
+    assert cb.history.R.max() == cb.estimate.rate
 
 @pytest.mark.parametrize('told_at,trusted', ((1,True),(1,False),(2,True),(3,False),(None,False)))
 def test_an_estimate_waits_as_long_as_the_rate_would_rise(monkeypatch, told_at, trusted):

@@ -74,11 +74,11 @@ def test_with_pruning(prune):
         order,run_valid = 20,False
         def before_batch(self):
             cb = self.jo_cor
-            if prune == 'approx' and cb.pruned is not None:
-                last,given = (o[cb.batch_idxs] for o in (cb.items.last_loss, cb.items.given))
+            if prune == 'approx' and cb.selection.pruned is not None:
+                last,given = (o[cb.selection.idx] for o in (cb.items.last_loss, cb.items.given_label))
                 new = last.isnan()
                 small = [set(select_small(o.masked_fill(new, -1e9), .6).tolist()) for o in (last-cb.behind[given.clamp(min=0)], last)]
-                assert set(cb.pruned.tolist()) == small[0]
+                assert set(cb.selection.pruned.tolist()) == small[0]
                 chosen.append(small[0] != small[1])
     weights = []
     for p in (None,prune):

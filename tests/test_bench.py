@@ -274,8 +274,8 @@ def test_a_new_run_leaves_nothing_of_the_old_one(tmp_path, monkeypatch):
     assert len(pd.read_csv(tmp_path/'r'/'history.csv')) == 1
 
 def test_names_that_are_long_or_hold_mathematics(tmp_path):
-    cfg = RunConfig(epochs=1, options=dict(watch=tuple(range(100))))
-    assert len(run_dir(tmp_path, cfg).name) <= 200 and run_dir(tmp_path, cfg) != run_dir(tmp_path, RunConfig(epochs=1, options=dict(watch=list(range(101)))))
+    cfg = RunConfig(epochs=1, options=dict(models=tuple(range(100))))
+    assert len(run_dir(tmp_path, cfg).name) <= 200 and run_dir(tmp_path, cfg) != run_dir(tmp_path, RunConfig(epochs=1, options=dict(models=list(range(101)))))
     df = run_grid([cfg, RunConfig(epochs=1, seed=np.int64(1))], tmp_path, n_jobs=1)
     assert list(df.seed) == [0,1] and finished(run_dir(tmp_path, cfg), cfg)
     run_room.plot_history(pd.read_csv(run_dir(tmp_path, cfg)/'history.csv'), SimpleNamespace(name='jocor', dataset='cifar10', noise='human:worse:$a^$/x.pt')).savefig(tmp_path/'x.png')

@@ -3,6 +3,7 @@ import copy, subprocess, sys, numpy as np, pandas as pd, pytest, torch
 import torch.nn.functional as F
 from fastai.vision.all import (Adam, Callback, CancelBatchException, CrossEntropyLossFlat, CutMix, DataBlock, DataLoader, DataLoaders, ImageBlock, L, Learner, MixUp, PILImage, RandomSplitter, accuracy, get_image_files, load_learner, nn, params, parent_label, partial, plt, resnet18, vision_learner)
 from fastai_jocor.all import *
+from fastai_jocor.batch import per_sample_loss
 from learners import digits, digits64, quiet, Record
 
 def loop(nets, batches, rates, lam, lr, weight=None):
@@ -28,7 +29,7 @@ def test_same_weights_as_a_loop(k, weight):
     cb = JoCorCallback(k=k, models=nets, co_lambda=.8, forget_rate=.5)
     learn.fit(4, 1e-3, cbs=[cb, rec])
     loop(twins, rec.batches, [0,.5,.5,.5], .8, 1e-3, weight)
-    assert len(rec.batches) == 4*len(learn.dls.train) and cb.history.forget_rate.tolist() == [0,.5,.5,.5]
+    assert len(rec.batches) == 4*len(learn.dls.train) and cb.history.R.tolist() == [0,.5,.5,.5]
     for m,t in zip(learn.model.peers, twins):
         for a,b in zip(m.parameters(), t.parameters()): torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
 
@@ -50,25 +51,25 @@ def test_figures_of_the_table():
         best = z.argmax(-1)
         agree += int(((best[0]==best[1]) & (best[1]==best[2])).sum())
     row = cb.history.iloc[0]
-    np.testing.assert_allclose(row[['forget_rate','kept','agreement','label_precision','label_recall']].astype(float),
+    np.testing.assert_allclose(row[['R','kept','agreement','label_precision','label_recall']].astype(float),
                                [.5, kept/n, agree/n, hit/kept, hit/clean], rtol=1e-6)
 
 def test_columns_and_history():
     learn,cb = digits(),JoCorCallback(k=2)
     learn.fit(2, 1e-3, cbs=cb)
     names = list(learn.recorder.metric_names)
-    assert names == ['epoch','train_loss','valid_loss','accuracy','forget_rate','kept','agreement','label_precision','label_recall','non_finite','time']
+    assert names == ['epoch','train_loss','valid_loss','accuracy','R','kept','agreement','label_precision','label_recall','non_finite','time']
     assert all(len(v) == len(names)-2 for v in learn.recorder.values)
-    assert [v[3] for v in learn.recorder.values] == cb.history.forget_rate.tolist()
+    assert [v[3] for v in learn.recorder.values] == cb.history.R.tolist()
     assert len(learn.validate()) == 2
-    assert list(digits(noise=None).fit(1, cbs=(c := JoCorCallback(forget_rate=.2))) or c.history) == ['epoch','forget_rate','kept','agreement','non_finite']
+    assert list(digits(noise=None).fit(1, cbs=(c := JoCorCallback(forget_rate=.2))) or c.history) == ['epoch','R','kept','agreement','non_finite']
 
 def test_columns_of_two_callbacks_keep_their_values():
     from fastai_jocor.lab.run import PeerAccuracy
     learn,cb,acc = digits(),JoCorCallback(k=2),PeerAccuracy()
     learn.fit(1, 1e-3, cbs=[acc,cb])
     row = dict(zip(list(learn.recorder.metric_names)[1:], learn.recorder.values[-1]))
-    assert row['forget_rate'] == cb.history.forget_rate[0] and row['peer_accuracy'] == pytest.approx(np.mean(acc.each[0]))
+    assert row['R'] == cb.history.R[0] and row['peer_accuracy'] == pytest.approx(np.mean(acc.each[0]))
     x,y = map(torch.cat, zip(*[(b[0],b[1]) for b in learn.dls.valid]))
     want = [(m.eval()(torch.Tensor(x)).argmax(-1) == torch.Tensor(y)).float().mean().item() for m in learn.model.peers]
     np.testing.assert_allclose(acc.each[0], want, rtol=1e-5)
@@ -224,7 +225,7 @@ def test_a_refused_fit_changes_nothing():
     learn.create_opt()
     model,opt,splitter,n = learn.model,learn.opt,learn.splitter,len(learn.cbs)
     weights = [p.clone() for p in model.parameters()]
-    with pytest.raises(ValueError, match='watch='): learn.fit(1, cbs=JoCorCallback(watch=[10**6]))
+    with pytest.raises(ValueError, match='needs class indices|one model a peer'): learn.fit(1, cbs=JoCorCallback(models=[learn.model]))
     class Odd(nn.Module):
         def __init__(self): super().__init__(); self.w = nn.Parameter(torch.randn(64,10))
         def forward(self, x): return x.flatten(1) @ self.w
@@ -285,7 +286,9 @@ def test_plain_tensor_loaders_and_weighted_loss():
     cb = JoCorCallback(k=3, forget_rate=.1)
     tensor_learner(y, loss=CrossEntropyLossFlat(weight=torch.tensor([1.,2,1,1]))).fit(2, cbs=cb)
     z = torch.randn(5,4)
-    torch.testing.assert_close(cb.item_loss(z, y[:5]), F.cross_entropy(z, y[:5], weight=torch.tensor([1.,2,1,1]), reduction='none'))
+    w = torch.tensor([1.,2,1,1])
+    loss = per_sample_loss(CrossEntropyLossFlat(weight=w), z, y[:5])
+    torch.testing.assert_close(loss(z, y[:5]), F.cross_entropy(z, y[:5], weight=w, reduction='none'))
 
 def test_torch_loaders():
     x,y = torch.randn(96,8),torch.randint(0,4,(96,))
@@ -386,13 +389,13 @@ def test_a_callback_for_another_learner_starts_over():
     with pytest.warns(UserWarning, match='has trained another model'): digits().fit(3, 1e-3, cbs=cb)
     digits().fit(3, 1e-3, cbs=new)
     pd.testing.assert_frame_equal(cb.ledger, new.ledger)
-    assert cb.history.forget_rate.tolist()[4:] == new.history.forget_rate.tolist()
+    assert cb.history.R.tolist()[4:] == new.history.R.tolist()
 
 @pytest.mark.filterwarnings('error:.*has trained another')
 def test_a_callback_goes_on_with_its_own_learner():
     learn,cb = digits(),JoCorCallback(k=2, forget_rate=.4, num_gradual=4)
     for _ in range(2): learn.fit(2, 1e-3, cbs=cb)
-    assert cb.history.forget_rate.is_monotonic_increasing and cb.ledger.seen.max() == 4
+    assert cb.history.R.is_monotonic_increasing and cb.ledger.seen.max() == 4
 
 def test_an_interrupted_learner_can_be_exported(tmp_path):
     learn = digits(cbs=JoCorCallback(k=2))
@@ -466,7 +469,7 @@ if __name__ == '__main__':
     learn = Learner(dls, nn.Linear(8,4), loss_func=CrossEntropyLossFlat())
     learn.remove_cb(ProgressCallback); learn.logger = noop
     learn.fit(1, cbs=(cb := JoCorCallback(k=2, forget_rate=.1)))
-    assert cb.ledger.seen.tolist() == [1]*90 and cb.items.given.tolist() == [i%4 for i in range(90)]
+    assert cb.ledger.seen.tolist() == [1]*90 and cb.items.given_label.tolist() == [i%4 for i in range(90)]
 """
 
 def test_loader_processes_that_are_not_forked(tmp_path):

@@ -75,7 +75,7 @@ def the_ledger(a, b):
     for i,o in seen.items():
         for name in ('loss','prob','conf'): assert f[name][i] == pytest.approx(sum(s[name] for s in o)/2, rel=1e-4, abs=1e-5)
         assert f.votes_given[i] == sum(s['vote'] == s['given'] for s in o)/2 and f.agreement[i] == sum(s['agree'] for s in o)/2
-        assert f.given[i] == o[0]['given'] and f.vote[i] == o[0]['vote']
+        assert f.given_label[i] == o[0]['given'] and f.predicted_label[i] == o[0]['vote']
     assert a['estimate'] == b['estimate'] and a['estimate'].rate == .1 and 0 < a['estimate'].joint < 1
     assert torch.equal(a['behind'], b['behind']) and a['behind'].shape == (10,) and (a['behind'] > 0).any()
     assert a['rates'] == b['rates'] == [0., 0., a['estimate'].rate]

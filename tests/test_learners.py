@@ -65,7 +65,7 @@ def test_vision_learner_fine_tune(pictures, arch, tmp_path):
         assert [g*2 for g in a['on']] == b['on'] and [g*2 for g in a['state']] == b['state']
     assert one[0]['frozen'] > 0 and one[1]['frozen'] == 0 and any(s.get('force_train') for g in one[0]['state'] for s in g)
     assert learn.model.k == 2 and learn.model.peer(0) is model
-    assert cb.history.epoch.tolist() == [0,0,1] and cb.history.forget_rate.tolist() == forget_schedule(learn.dls.noise.noise_rate, 3, default_num_gradual(3, len(learn.dls.train))).tolist()
+    assert cb.history.epoch.tolist() == [0,0,1] and cb.history.R.tolist() == forget_schedule(learn.dls.noise.noise_rate, 3, default_num_gradual(3, len(learn.dls.train))).tolist()
     assert learn.get_preds()[0].shape[1] == 3
 
 def test_the_schedule_starts_over_when_asked():
@@ -73,14 +73,14 @@ def test_the_schedule_starts_over_when_asked():
     cb,again = JoCorCallback(k=2, num_gradual=4),JoCorCallback(k=2, num_gradual=4, restart=True)
     for _ in range(2): learn.fit(3, 1e-3, cbs=cb)
     for _ in range(2): learn.fit(3, 1e-3, cbs=again)
-    np.testing.assert_allclose(cb.history.forget_rate, [0,.4/3,.8/3,.4,.4,.4])
-    np.testing.assert_allclose(again.history.forget_rate, [0,.4/3,.8/3]*2)
+    np.testing.assert_allclose(cb.history.R, [0,.4/3,.8/3,.4,.4,.4])
+    np.testing.assert_allclose(again.history.R, [0,.4/3,.8/3]*2)
     resumed = JoCorCallback(k=2, num_gradual=4)
     learn.fit(3, 1e-3, cbs=resumed, start_epoch=1)
     learn.fit(2, 1e-3, cbs=resumed)
-    np.testing.assert_allclose(resumed.history.forget_rate, [.4/3,.8/3,.4,.4])
+    np.testing.assert_allclose(resumed.history.R, [.4/3,.8/3,.4,.4])
     learn.fit(2, 1e-3, cbs=(new := JoCorCallback(k=2, num_gradual=4)))
-    np.testing.assert_allclose(new.history.forget_rate, [0,.4/3])
+    np.testing.assert_allclose(new.history.R, [0,.4/3])
 
 def test_batch_norm_of_frozen_peers(pictures):
     "With train_bn the statistics of a frozen body move in every peer as in the single model; without it they stay"
@@ -96,7 +96,7 @@ def test_batch_norm_of_frozen_peers(pictures):
             assert bn.weight.requires_grad == train_bn and (not torch.equal(bn.weight, w.weight)) == train_bn
             assert not torch.equal(bn.running_mean, w.running_mean)
 
-def weights(m): return {k: v.clone() for k,v in m.state_dict().items() if k != 'run_state'}
+def weights(m): return {k: v.clone() for k,v in m.state_dict().items()}
 
 @pytest.mark.parametrize('opt', (Adam, fast_adam))
 @pytest.mark.parametrize('before', (0,1))
@@ -212,7 +212,7 @@ def test_trackers_and_loggers(tmp_path):
     with silent():
         learn.fit_one_cycle(6, 5e-3, cbs=[cb, SaveModelCallback(monitor='accuracy', with_opt=True), CSVLogger(), ReduceLROnPlateau(monitor='valid_loss', patience=1)])
     log = pd.read_csv(tmp_path/'history.csv')
-    assert list(log.columns) == ['epoch','train_loss','valid_loss','accuracy','forget_rate','kept','agreement','label_precision','label_recall','non_finite','time'] and len(log) == 6
+    assert list(log.columns) == ['epoch','train_loss','valid_loss','accuracy','R','kept','agreement','label_precision','label_recall','non_finite','time'] and len(log) == 6
     np.testing.assert_allclose(log.label_precision.astype(float), cb.history.label_precision, atol=1e-6)
     best = max(v[2] for v in learn.recorder.values)
     assert learn.validate()[1] == pytest.approx(best)
@@ -237,7 +237,7 @@ def test_weighted_loader():
     cb,seen = JoCorCallback(k=2, num_gradual=0),[]
     class See(Callback):
         order,run_valid = -4,False
-        def before_batch(self): seen.append((self.jo_cor.flags[self.jo_cor.batch_idxs], self.yb[0].clone(), np.array(self.dl._DataLoader__idxs)[self.iter*64:][:len(self.yb[0])]))
+        def before_batch(self): seen.append((self.jo_cor.clean_flags[self.selection.idx], self.yb[0].clone(), np.array(self.dl._DataLoader__idxs)[self.iter*64:][:len(self.yb[0])]))
     learn.fit(2, 1e-3, cbs=[cb,See()])
     rec = learn.dls.noise
     for clean,y,idx in seen:
@@ -385,7 +385,7 @@ def test_tabular_learner(tmp_path):
     rec,seen = learn.dls.noise,[]
     class See(Callback):
         order,run_valid = -4,False
-        def before_batch(self): seen.append((self.jo_cor.flags[self.jo_cor.batch_idxs], np.array(self.dl._DataLoader__idxs)[self.iter*32:][:len(self.yb[0])], self.yb[0].flatten().numpy()))
+        def before_batch(self): seen.append((self.jo_cor.clean_flags[self.selection.idx], np.array(self.dl._DataLoader__idxs)[self.iter*32:][:len(self.yb[0])], self.yb[0].flatten().numpy()))
     with silent(): learn.fit(1, cbs=[JoCorCallback(k=3), See()])
     for clean,idx,y in seen: assert (rec.noisy[idx] == y).all() and (clean.numpy() == ~rec.flipped[idx]).all()
     same_after_export(learn, tmp_path, df.iloc[0], tmp_path)

@@ -44,7 +44,7 @@ def test_same_weights_as_a_loop(method, k, weight):
     cb = method(k=k, models=nets, forget_rate=.5)
     learn.fit(4, 1e-3, cbs=[cb, rec])
     shares = loop(twins, rec.batches, [0,.5,.5,.5], method is CoTeachingPlusCallback, 1e-3, weight)
-    assert len(rec.batches) == 4*len(learn.dls.train) and cb.history.forget_rate.tolist() == [0,.5,.5,.5]
+    assert len(rec.batches) == 4*len(learn.dls.train) and cb.history.R.tolist() == [0,.5,.5,.5]
     for m,t in zip(learn.model.peers, twins):
         for a,b in zip(m.parameters(), t.parameters()): torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
     for e in range(4):
@@ -91,7 +91,7 @@ def test_counts_at_rates_without_an_exact_binary_form():
 
 def bare(cb, bad=None):
     "A callback that can be asked for the loss of a batch"
-    cb.item_loss,cb.log_probs,cb.bad = None,None,bad
+    cb.selection.bad = bad
     return cb
 
 @teaching
@@ -120,7 +120,7 @@ def test_bad_items_train_nobody(method):
 def test_an_item_without_a_finite_loss_by_one_peer_trains_none():
     "A loss of the user's that is infinite for the student and small for the teacher"
     cb = bare(CoTeachingCallback(forget_rate=.1))
-    cb.item_loss = lambda z,y: torch.where(z[:,0] > 100, torch.inf, F.cross_entropy(z, y, reduction='none'))
+    cb.selection.per_sample = lambda z,y: torch.where(z[:,0] > 100, torch.inf, F.cross_entropy(z, y, reduction='none'))
     z,y = torch.randn(2,10,3),torch.randint(0,3,(10,))
     z[0,4,0] = 200.
     loss,kept,_ = cb.batch_loss(z, y, 0.)
@@ -261,7 +261,6 @@ def test_losses_train_alone_and_under_every_callback(loss, method, tmp_path):
     cb = method and method(k=2)
     learn.fit_one_cycle(8, 2e-2, cbs=cb)
     assert learn.validate()[1] > .6 and learn.loss_func.reduction == 'mean'
-    if cb: assert cb.item_loss is not None
     probs,_,dec = learn.get_preds(with_decoded=True)
     assert torch.equal(probs.argmax(-1), torch.as_tensor(dec)) and probs.sum(-1).allclose(torch.ones(len(probs)), atol=1e-5)
     learn.export()

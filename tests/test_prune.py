@@ -64,7 +64,7 @@ def test_approx_selects_by_the_losses_of_earlier_epochs():
     class See(Callback):
         order,run_valid = 20,False
         def before_batch(self):
-            idx = self.jo_cor.batch_idxs
+            idx = self.selection.idx
             chosen.append((self.epoch, idx.clone(), self.jo_cor.items.last_loss[idx].clone(), None if self.jo_cor.pruned is None else self.jo_cor.pruned.clone(), self.yb[0].clone()))
     learn.fit(7, 1e-3, cbs=[cb,See()])
     for epoch,idx,last,pruned,y in chosen:
@@ -86,7 +86,7 @@ def test_an_item_without_a_loss_is_taken():
     seen = []
     class See(Callback):
         order,run_valid = 20,False
-        def before_batch(self): seen.append(self.jo_cor.batch_idxs[self.jo_cor.pruned])
+        def before_batch(self): seen.append(self.selection.idx[self.selection.pruned])
     learn.fit(1, 1e-3, cbs=[cb,See()])
     taken,given = set(torch.cat(seen).tolist()),set(np.flatnonzero(cb.items.seen.numpy() == 2))
     assert len(taken & set(range(64))) > .9*len(given & set(range(64))) and not cb.items.last_loss[list(taken)].isnan().any()
