@@ -3,13 +3,13 @@ import copy, numpy as np, pytest, torch
 from fastai.vision.all import Callback, DataLoader, DataLoaders, GradientAccumulation, Learner, nn, set_seed
 from learners import digits, digits64, quiet
 from fastai_jocor.all import *
-from fastai_jocor.callback import same_buffers, take_items
+from fastai_jocor.step import same_buffers, take_items
 
 class Sizes(Callback):
     "How many items each training batch brings, and how many the model sees in its pass with gradients"
     order,run_valid = 20,False
     def __init__(self): self.sizes = []
-    def after_loss(self): self.sizes.append((self.epoch, self.jo_cor.n, len(self.pred)))
+    def after_loss(self): self.sizes.append((self.epoch, self.selection.n, len(self.pred)))
 
 @pytest.mark.parametrize('k', (1,3))
 def test_exact_gives_the_same_weights(k):
@@ -54,7 +54,7 @@ def test_running_means_are_those_of_the_kept_items():
             x,m = seen[-1]
             m(x)
             for a,b in zip(m[2].buffers(), self.model.peers[0][2].buffers()): torch.testing.assert_close(a, b)
-            assert m[2].num_batches_tracked == self.iter+1 and len(x) == int(.5*self.jo_cor.n)
+            assert m[2].num_batches_tracked == self.iter+1 and len(x) == int(.5*self.selection.n)
     learn.fit(1, 1e-3, cbs=[JoCorCallback(k=2, num_gradual=0, prune='exact'), See()])
     assert len(seen) == len(dls.train)
 
@@ -65,7 +65,7 @@ def test_approx_selects_by_the_losses_of_earlier_epochs():
         order,run_valid = 20,False
         def before_batch(self):
             idx = self.selection.idx
-            chosen.append((self.epoch, idx.clone(), self.jo_cor.items.last_loss[idx].clone(), None if self.jo_cor.pruned is None else self.jo_cor.pruned.clone(), self.yb[0].clone()))
+            chosen.append((self.epoch, idx.clone(), self.jo_cor.items.last_loss[idx].clone(), None if self.selection.pruned is None else self.selection.pruned.clone(), self.yb[0].clone()))
     learn.fit(7, 1e-3, cbs=[cb,See()])
     for epoch,idx,last,pruned,y in chosen:
         assert (pruned is None) == (epoch in (0,3,6))
