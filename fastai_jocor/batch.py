@@ -96,11 +96,12 @@ def known_order(
     dl # A loader that is about to be iterated over
 ):
     "Keep the order in which a loader gives its items, at `idxs` of what this gives; `None` if it does not tell"
-    if getattr(dl, 'get_idxs', None) is None or getattr(dl, 'n', None) is None:
+    n = getattr(vars(dl).get('dl', dl), 'n', None) # a `DistributedDL` has none of its own before it begins
+    if n is None or getattr(dl, 'get_idxs', None) is None:
         yield None
         return
     own = {name: o for name,o in vars(dl).items() if name in ('get_idxs','do_item')}
-    dl.get_idxs = order = ItemOrder(dl.get_idxs, dl.n)
+    dl.get_idxs = order = ItemOrder(dl.get_idxs, n)
     if hasattr(dl, 'do_item'): dl.do_item = _EveryItem(dl.do_item)
     try: yield order
     finally:

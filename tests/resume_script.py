@@ -65,7 +65,7 @@ def main(root, name):
     while len(kills) < 5:
         start = finished_epochs(cut)
         (cut/'progress').unlink(missing_ok=True)
-        pid = in_child(cut, opt, 1000+start)
+        pid = in_child(cut, opt, 1000+start if start else 3)
         while epoch_of(cut) < min(start + len(kills)%2, EPOCHS-1): time.sleep(.001)
         time.sleep(rng.random()*.9*an_epoch)
         os.kill(pid, signal.SIGKILL)
