@@ -7,7 +7,7 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/callback.html.md"""
 # %% auto #0
 __all__ = ['refuse_others', 'look_at_data', 'MakePeers', 'UndoPeers', 'PeersCallback', 'JoCorCallback']
 
-# %% ../nbs/08_callback.ipynb #ae0a2414
+# %% ../nbs/08_callback.ipynb #3b1b14f8
 import torch, warnings
 from contextlib import nullcontext
 from numbers import Integral
@@ -22,7 +22,7 @@ from .peers import check_k, check_seed, Peers
 from .learner import *
 from .batch import (check_batch, distributed_world, from_rank0, is_validating, loaders_talk_over_the_cpu,
                                 Selection, try_batch)
-from .step import BatchItems, NonFinite, Part, Prune, SmallLoss
+from .step import BatchItems, NonFinite, Part, Prune, QuickEvents, SmallLoss
 from .record import Estimate, Record
 from .state import class_names_of, FitState, ForgetRate, ItemSource
 
@@ -96,7 +96,7 @@ class UndoPeers(Part):
         learn.model,learn.splitter,learn.opt = self.owner.single
         self.owner.single = None
 
-# %% ../nbs/08_callback.ipynb #1bdb4c99
+# %% ../nbs/08_callback.ipynb #e749aac2
 class PeersCallback(FitState, Callback):
     "Base of the methods that train k peers on the small-loss items of each batch; a method defines `batch_loss`"
     order,run_valid = -9,False
@@ -123,7 +123,7 @@ class PeersCallback(FitState, Callback):
         self.forget_rate,self.num_gradual,self.exponent = forget_rate,num_gradual,exponent
         self.restart,self.select = restart,select
         self.small_loss,self.record = SmallLoss(self),Record(self)
-        self.parts = [MakePeers(self), ForgetRate(self), BatchItems(self), NonFinite(self), self.small_loss,
+        self.parts = [QuickEvents(self), MakePeers(self), ForgetRate(self), BatchItems(self), NonFinite(self), self.small_loss,
                       self.record, Estimate(self), UndoPeers(self)]
         self.start_anew()
 
