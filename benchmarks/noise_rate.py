@@ -35,7 +35,7 @@ def run(data, noise, seed, path):
     learn.fit_one_cycle(10, 2e-3, cbs=[cb, StopWhenKnown()] + ([ChannelsLast(), AutocastBF16()] if data == 'cifar' else []))
     f,rec,est = cb.ledger,dls.noise,cb.estimate
     T = abs(cb.transition()-rec.matrix)
-    return dict(data=data, noise=noise, seed=seed, items=len(f), epochs=len(cb.history), accuracy_of_votes=round(float((f.vote == f.true).mean()), 4), true_rate=round(rec.rate, 4), estimate=round(est.rate, 4), error=round(abs(est.rate-rec.rate), 4),
+    return dict(data=data, noise=noise, seed=seed, items=len(f), epochs=len(cb.history), accuracy_of_votes=round(float((f.predicted_label == f.true_label).mean()), 4), true_rate=round(rec.rate, 4), estimate=round(est.rate, 4), error=round(abs(est.rate-rec.rate), 4),
                 joint=round(est.joint, 4), votes=round(est.votes, 4), doubt=round(est.doubt, 4), trusted=est.trusted, transition_error=round(float(T.mean()), 4))
 
 @call_parse

@@ -24,6 +24,8 @@ from .lab.data import *
 from .lab.datasets import *
 from .callback import *
 from .methods import *
+from .files import *
 from .audit import *
+from .cleaning import *
 
 __all__ = [o for o in dir() if not o.startswith('_')]

@@ -63,41 +63,27 @@ def read_table(
     return pd.read_csv(file, dtype=str, keep_default_na=False).map(plain_cell).rename(columns=plain_cell)
 
 # %% ../nbs/06b_files.ipynb #f11e0031
+def _is_csv(file):
+    ending = Path(file).suffix
+    if ending not in ('.parquet', '.csv'): raise ValueError(f"file={str(file)!r} must end in .parquet or .csv")
+    return ending == '.csv'
+
 def save_ledger(
     ledger:pd.DataFrame, # `cb.ledger`
     file # Ends in `.parquet`, or in `.csv`
 ):
-    "Write a ledger to a file, or raise an `ImportError` where Parquet needs pyarrow"
-    if _ending(file) == '.csv': return write_table(ledger, file)
+    "Write a ledger to a file"
+    if _is_csv(file): return write_table(ledger, file)
     ledger = ledger.assign(item=[str(o) for o in ledger['item']])
-    with write_aside(file) as part, _pyarrow_for(file): ledger.to_parquet(part, index=True)
+    with write_aside(file) as part: ledger.to_parquet(part, index=True)
 
 def load_ledger(
     file # Of `save_ledger`
 )->pd.DataFrame: # The items are text
     "Read a ledger from a file"
-    if _ending(file) == '.parquet':
-        with _pyarrow_for(file): return pd.read_parquet(file)
-    f = read_table(file).astype(dict(position=int)).set_index('position')
-    return f.apply(_typed)
-
-def _ending(file):
-    ending = Path(file).suffix
-    if ending in ('.parquet', '.csv'): return ending
-    raise ValueError(f"file={str(file)!r} must end in .parquet or .csv")
-
-@contextmanager
-def _pyarrow_for(file):
-    try: yield
-    except ImportError:
-        needs = "needs pyarrow, which is not installed: pip install pyarrow, or use a .csv"
-        raise ImportError(f"file={str(file)!r} {needs}") from None
-
-def _typed(col):
-    "A column of text in the type that it has in the ledger"
-    if col.name == 'item': return col
-    if col.name.endswith('_label'): return col.where(col != '', None)
-    if col.name == 'flipped': return col == 'True'
-    if col.name == 'seen': return col.astype(int)
-    single = col.name in ('last_loss', 'recent_loss')
-    return col.replace('', 'nan').astype(np.float32 if single else float)
+    if not _is_csv(file): return pd.read_parquet(file)
+    f = read_table(file).set_index('position').rename(index=int).replace('', None)
+    if 'flipped' in f: f['flipped'] = f.flipped == 'True'
+    numbers = f.columns.difference(['item', 'given_label', 'predicted_label', 'true_label'])
+    types = dict(flipped=bool, seen=int, last_loss=np.float32, recent_loss=np.float32)
+    return f.astype({name: types.get(name, float) for name in numbers})

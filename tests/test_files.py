@@ -68,5 +68,5 @@ def test_parquet_as_others_write_and_read_it(ledger, tmp_path):
 def test_parquet_without_pyarrow(ledger, tmp_path, monkeypatch):
     for o in ('pyarrow', 'fastparquet'): monkeypatch.setitem(sys.modules, o, None)
     for f in (load_ledger, lambda file: save_ledger(ledger, file)):
-        with pytest.raises(ImportError, match='needs pyarrow, .*: pip install pyarrow'): f(tmp_path/'l.parquet')
+        with pytest.raises(ImportError, match='pyarrow'): f(tmp_path/'l.parquet')
     assert os.listdir(tmp_path) == []

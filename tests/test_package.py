@@ -22,7 +22,10 @@ def dist(tmp_path_factory):
     assert p.returncode == 0, p.stderr[-2000:]
     return out
 
-def modules(): return {p.relative_to(ROOT).as_posix() for p in (ROOT/'fastai_jocor').rglob('*.py')}
+def modules():
+    "What the wheel and the source hold of the package"
+    package = ROOT/'fastai_jocor'
+    return {p.relative_to(ROOT).as_posix() for o in ('*.py', 'lab/templates/*') for p in package.rglob(o)}
 
 def test_wheel(dist):
     wheel, = dist.glob('*.whl')

@@ -59,6 +59,9 @@ version = {{attr = "{s['lib_path']}.__version__"}}
 [tool.setuptools.packages.find]
 include = ["{s['lib_path']}*"]
 
+[tool.setuptools.package-data]
+"{s['lib_path']}.lab" = ["templates/*"]
+
 [tool.nbdev]
 ''' + ''.join(f'{k} = {json.dumps(v)}\n' for k,v in nbdev.items()) + '''
 [tool.pytest.ini_options]

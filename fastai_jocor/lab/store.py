@@ -105,6 +105,11 @@ class MemoryDL(TfmdDL):
         super().to(device)
         self.store.to(device)
 
+    @property
+    def labels(self):
+        "Class index of each item, shape (n,), int64"
+        return self.store.targets[self.pos].cpu().numpy().astype(np.int64)
+
     def relabelled(self,
         labels, # A label for each item of this loader, class indices, shape (n,)
         left, # Positions of the items to keep
