@@ -75,6 +75,6 @@ def co_teach(nets, batches, rates, lr, plus, loss=cross_entropy):
         for opt,z,idx in zip(opts, zs, chosen): step(opt, mean_of(loss(z, y), idx))
     return shares
 
-def assert_same_weights(nets, others, atol=1e-9):
+def assert_same_weights(nets, others, atol=1e-7):
     for a,b in zip(nets, others, strict=True):
         for p,q in zip(a.parameters(), b.parameters()): torch.testing.assert_close(p, q, atol=atol, rtol=0)

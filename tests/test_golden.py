@@ -327,7 +327,7 @@ def test_items_that_are_not_finite(k, prune):
 def test_an_item_given_several_times(k):
     def train(lib):
         dls = loaders(lib)
-        dls.loaders[0] = WeightedDL(dls.train.dataset, bs=BS, wgts=np.arange(N) < 60)
+        dls.loaders[0] = WeightedDL(dls.train.dataset, bs=BS, shuffle=True, wgts=np.arange(N) < 60)
         return fit(lib, lib.JoCorCallback(k, num_gradual=1), dls=dls)
     assert_same(train)
 

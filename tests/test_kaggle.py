@@ -1,10 +1,12 @@
-"The Kaggle notebooks run offline on small made data, stop in time, go on where they stopped, and describe themselves as Kaggle wants it."
-import json, re, pytest, pandas as pd
+"The Kaggle notebooks run offline on small made data, stop in time, go on where they stopped, and describe themselves."
+import json, re, pytest
+import pandas as pd
 from pathlib import Path
 
 KAGGLE = Path(__file__).resolve().parent.parent/'kaggle'
 SLUGS = sorted(p.parent.name for p in KAGGLE.glob('*/kernel-metadata.json'))
-KEYS = {'id','title','code_file','language','kernel_type','is_private','enable_gpu','enable_internet','dataset_sources','competition_sources','kernel_sources','model_sources'}
+SOURCES = {f'{o}_sources' for o in ('dataset','competition','kernel','model')}
+KEYS = {'id','title','code_file','language','kernel_type','is_private','enable_gpu','enable_internet'} | SOURCES
 
 def notebook(slug): return json.loads((KAGGLE/slug/f'{slug}.ipynb').read_text(encoding='utf-8'))
 def sources(slug, kind='code'): return [''.join(c['source']) for c in notebook(slug)['cells'] if c['cell_type'] == kind]
@@ -20,7 +22,8 @@ def run(slug, inject):
     shell.run_all(nb, exc_stop=True)
     return ''.join(''.join(o.get('text', '')) for c in nb.cells for o in c.get('outputs', []))
 
-def test_there_are_three(): assert SLUGS == ['jocor-cassava-clean-labels','jocor-cifar-10-quickstart','jocor-cifar-10n-human-labels']
+def test_there_are_three():
+    assert SLUGS == ['jocor-cassava-clean-labels','jocor-cifar-10-quickstart','jocor-cifar-10n-human-labels']
 
 @pytest.mark.parametrize('slug', SLUGS)
 def test_metadata(slug):
@@ -28,7 +31,7 @@ def test_metadata(slug):
     assert set(meta) == KEYS and len(meta['title']) >= 5 and meta['code_file'] == f'{slug}.ipynb'
     assert meta['id'].split('/')[1] == slug == re.sub(r'[^a-z0-9]+', '-', meta['title'].lower()) and '/' in meta['id']
     assert meta['language'] == 'python' and meta['kernel_type'] == 'notebook' and meta['enable_gpu'] is True
-    assert all(isinstance(meta[k], list) for k in KEYS if k.endswith('_sources'))
+    assert all(isinstance(meta[k], list) for k in SOURCES)
     assert ('cassava-leaf-disease-classification' in meta['competition_sources']) == ('cassava' in slug)
 
 @pytest.mark.parametrize('slug', SLUGS)
@@ -36,18 +39,23 @@ def test_form(slug):
     cells = notebook(slug)['cells']
     code = [c for c in cells if c['cell_type'] == 'code']
     first = ''.join(code[0]['source'])
-    assert "if 'KAGGLE_KERNEL_RUN_TYPE' in os.environ:" in first and first.index('KAGGLE_KERNEL_RUN_TYPE') < first.index("'install'")
+    assert "if 'KAGGLE_KERNEL_RUN_TYPE' in os.environ:" in first
+    assert first.index('KAGGLE_KERNEL_RUN_TYPE') < first.index("'install'")
     assert not any(re.search(r'pip|^!', ''.join(c['source'])) for c in code[1:])
     assert [c['metadata'].get('tags') for c in code].count(['parameters']) == 1
     assert any(c['outputs'] for c in code) and not any(o['output_type'] == 'error' for c in code for o in c['outputs'])
     assert 'results.csv' in ''.join(sources(slug)) and 'attach' in ''.join(sources(slug) + sources(slug, 'markdown'))
 
-@pytest.mark.parametrize('slug,runs', zip(SLUGS, (['plain','k2'], ['k2','k3'], ['worse-plain','worse-k3'])))
+def epochs_of(history):
+    "Epochs that a run has noted"
+    return pd.read_csv(history).epoch.tolist() if history.exists() else []
+
+@pytest.mark.parametrize('slug,runs', list(zip(SLUGS, (['plain','k2'], ['k2','k3'], ['worse-plain','worse-k3']))))
 def test_stops_in_time_and_goes_on(slug, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('MPLBACKEND', 'agg')
     monkeypatch.delenv('KAGGLE_KERNEL_RUN_TYPE', raising=False)
-    epochs = lambda name: pd.read_csv(tmp_path/'out'/'runs'/name/'history.csv').epoch.tolist() if (tmp_path/'out'/'runs'/name).joinpath('history.csv').exists() else []
+    epochs = lambda name: epochs_of(tmp_path/'out'/'runs'/name/'history.csv')
     said = run(slug, "epochs,hours = 4,0")
     assert f'{runs[0]}: stopped after 1 of 4 epochs' in said and epochs(runs[0]) == [0] and epochs(runs[1]) == []
     assert not (tmp_path/'out'/'suspects.csv').exists()
@@ -67,4 +75,5 @@ def test_stops_in_time_and_goes_on(slug, runs, tmp_path, monkeypatch):
 def test_says_what_to_attach(slug, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     extra = '' if 'cassava' in slug else '\ninternet = False'
-    with pytest.raises(FileNotFoundError, match='attach (CIFAR-10|the competition cassava)'): run(slug, f"short,inputs,out = False,'nothing','out'{extra}")
+    with pytest.raises(FileNotFoundError, match='attach (CIFAR-10|the competition cassava)'):
+        run(slug, f"short,inputs,out = False,'nothing','out'{extra}")

@@ -7,14 +7,20 @@ from fastai_jocor.selection import forget_schedule, precision_and_recall, select
 
 GOLDEN = json.loads((Path(__file__).parent/'data'/'jocor_official.json').read_text())
 
-def test_all_figures_are_here(): assert {k: len(GOLDEN[k]) for k in ('noise','loss','schedule')} == dict(noise=15, loss=5, schedule=5)
+MAPS = dict(mnist='mnist', cifar10='cifar10', cifar100='cifar100_official')
+
+def test_all_figures_are_here():
+    assert {k: len(GOLDEN[k]) for k in ('noise','loss','schedule')} == dict(noise=15, loss=5, schedule=5)
+
+def noise_of(g):
+    "The noise model of a figure"
+    if g['noise'] == 'asymmetric': return Asymmetric(g['rate'], MAPS[g['dataset']])
+    return dict(symmetric=Symmetric, pairflip=PairFlip)[g['noise']](g['rate'])
 
 @pytest.mark.parametrize('g', GOLDEN['noise'], ids=lambda g: f"{g['dataset']}-{g['noise']}-{g['rate']}")
 def test_corruption(g):
-    maps = dict(mnist='mnist', cifar10='cifar10', cifar100='cifar100_official')
-    recipe = dict(symmetric=Symmetric, pairflip=PairFlip, asymmetric=lambda r: Asymmetric(r, maps[g['dataset']]))[g['noise']](g['rate'])
     y = np.random.RandomState(g['labels_seed']).randint(0, g['n_classes'], g['n'])
-    assert recipe.official().corrupt(y, g['n_classes'], g['seed']).tolist() == g['noisy']
+    assert noise_of(g).official().corrupt(y, g['n_classes'], g['seed']).tolist() == g['noisy']
 
 @pytest.mark.parametrize('g', GOLDEN['loss'], ids=lambda g: f"N{g['N']}-C{g['C']}-lambda{g['co_lambda']}")
 def test_loss_selection_and_gradients(g):

@@ -7,46 +7,55 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/'tools'))
 import sync_settings
 
-pytestmark = pytest.mark.skipif(not (importlib.util.find_spec('build') and importlib.util.find_spec('setuptools')), reason='needs build and setuptools')
+for module in ('build','setuptools'): pytest.importorskip(module)
+
+SETTINGS = sync_settings.read_settings()
+FILES_OF_GIT = ['git','ls-files','-co','--exclude-standard']
+DIST_INFO = {'METADATA','WHEEL','RECORD','top_level.txt','entry_points.txt','licenses/LICENSE'}
 
 @pytest.fixture(scope='module')
 def dist(tmp_path_factory):
     "Both distributions, built from what git holds"
     src,out = tmp_path_factory.mktemp('src'),tmp_path_factory.mktemp('dist')
-    files = subprocess.run(['git','ls-files','-co','--exclude-standard'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    files = subprocess.run(FILES_OF_GIT, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     for f in files:
-        if (ROOT/f).is_file():
-            (src/f).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT/f, src/f)
-    p = subprocess.run([sys.executable,'-m','build','--no-isolation','--outdir',out,src], capture_output=True, text=True)
+        if not (ROOT/f).is_file(): continue
+        (src/f).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT/f, src/f)
+    build = [sys.executable, '-m', 'build', '--no-isolation', '--outdir', out, src]
+    p = subprocess.run(build, capture_output=True, text=True)
     assert p.returncode == 0, p.stderr[-2000:]
     return out
+
+@pytest.fixture(scope='module')
+def wheel(dist):
+    file, = dist.glob('*.whl')
+    return file
 
 def modules():
     "What the wheel and the source hold of the package"
     package = ROOT/'fastai_jocor'
     return {p.relative_to(ROOT).as_posix() for o in ('*.py', 'lab/templates/*') for p in package.rglob(o)}
 
-def test_wheel(dist):
-    wheel, = dist.glob('*.whl')
-    s = sync_settings.read_settings()
-    assert wheel.name == f"fastai_jocor-{s['version']}-py3-none-any.whl"
-    with zipfile.ZipFile(wheel) as z: names,info = set(z.namelist()),f"fastai_jocor-{s['version']}.dist-info"
+def test_wheel(wheel):
+    version = SETTINGS['version']
+    assert wheel.name == f'fastai_jocor-{version}-py3-none-any.whl' and wheel.stat().st_size < 200_000
+    with zipfile.ZipFile(wheel) as z: names = set(z.namelist())
+    info = f'fastai_jocor-{version}.dist-info/'
     assert {n for n in names if not n.startswith(info)} == modules()
-    assert {n[len(info)+1:] for n in names if n.startswith(info)} == {'METADATA','WHEEL','RECORD','top_level.txt','entry_points.txt','licenses/LICENSE'}
-    assert wheel.stat().st_size < 200_000
+    assert {n.removeprefix(info) for n in names if n.startswith(info)} == DIST_INFO
 
-def test_metadata(dist):
-    wheel, = dist.glob('*.whl')
-    s = sync_settings.read_settings()
+def test_metadata(wheel):
+    s = SETTINGS
     with zipfile.ZipFile(wheel) as z:
         read = lambda end: next(z.read(n).decode() for n in z.namelist() if n.endswith(end))
         meta,points = message_from_string(read('.dist-info/METADATA')),read('entry_points.txt')
-    assert meta['Name'] == s['lib_name'] and meta['Version'] == s['version'] and meta['License-Expression'] == 'Apache-2.0' and meta['Requires-Python'] == f">={s['min_python']}"
-    assert meta['Description-Content-Type'] == 'text/markdown' and meta['Summary'] == s['description']
+    assert meta['Name'] == s['lib_name'] and meta['Version'] == s['version'] and meta['Summary'] == s['description']
+    assert meta['License-Expression'] == 'Apache-2.0' and meta['Requires-Python'] == f">={s['min_python']}"
+    assert meta['Description-Content-Type'] == 'text/markdown'
     required = [r for r in meta.get_all('Requires-Dist') if 'extra ==' not in r]
     assert len(required) == len(s['requirements'].split()) and any(r.startswith('torch>=') for r in required)
-    assert 'jocor_train = fastai_jocor.lab.commands:jocor_train' in points and 'jocor_demo = fastai_jocor.lab.commands:jocor_demo' in points
+    for o in s['console_scripts'].split(): assert o.replace('=', ' = ') in points, o
 
 def test_sdist(dist):
     sdist, = dist.glob('*.tar.gz')
@@ -55,6 +64,7 @@ def test_sdist(dist):
     assert kept == modules() | {'LICENSE','MANIFEST.in','README.md','pyproject.toml','setup.cfg','PKG-INFO'}
 
 def test_twine(dist):
-    if importlib.util.find_spec('twine') is None: pytest.skip('needs twine')
-    p = subprocess.run([sys.executable,'-m','twine','check','--strict',*dist.iterdir()], capture_output=True, text=True)
+    pytest.importorskip('twine')
+    check = [sys.executable, '-m', 'twine', 'check', '--strict', *dist.iterdir()]
+    p = subprocess.run(check, capture_output=True, text=True)
     assert p.returncode == 0 and p.stdout.count('PASSED') == 2, p.stdout + p.stderr

@@ -1,10 +1,14 @@
-import pytest, torch
+"k networks as one, and how they are made from one model."
+import copy, pytest, torch
 from torch import nn
 from fastai.vision.all import xresnet18, create_head, params
 from fastai_jocor.peers import *
 from fastai_jocor.lab.datasets import jocor_cnn, jocor_mlp
 
-@pytest.mark.parametrize('make', (jocor_mlp, jocor_cnn, lambda: xresnet18(n_out=10), lambda: nn.Sequential(nn.Embedding(9,6), nn.TransformerEncoderLayer(6,2,batch_first=True), nn.Linear(6,10))))
+def transformer():
+    return nn.Sequential(nn.Embedding(9,6), nn.TransformerEncoderLayer(6, 2, batch_first=True), nn.Linear(6,10))
+
+@pytest.mark.parametrize('make', (jocor_mlp, jocor_cnn, lambda: xresnet18(n_out=10), transformer))
 def test_every_drawn_weight_differs(make):
     peers = make_peers(make(), 3, seed=1)
     for name,p in peers.peer(0).named_parameters():
@@ -52,7 +56,6 @@ def test_best_peer():
 
 def test_same_weights_are_refused():
     m = jocor_mlp()
-    import copy
     with pytest.raises(ValueError, match='same weights'): make_peers([m, copy.deepcopy(m)])
     with pytest.raises(ValueError, match='share parameters'): make_peers([m, nn.Sequential(m)])
     with pytest.raises(ValueError, match='same weights'): make_peers(lambda: copy.deepcopy(m), 2)

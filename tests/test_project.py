@@ -8,6 +8,10 @@ import docs, front, sync_settings
 
 NOTEBOOKS = docs.notebooks()
 
+def python(code, **kwargs):
+    "Run code in a process of its own"
+    return subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True, capture_output=True, **kwargs)
+
 @pytest.mark.parametrize('nb', NOTEBOOKS, ids=lambda p: p.relative_to(docs.NBS).with_suffix('').as_posix())
 def test_notebook(nb, monkeypatch):
     from nbdev.test import test_nb as run_nb
@@ -26,7 +30,8 @@ def test_settings_are_the_source_of_truth():
     norm = lambda o: ','.join(sorted(re.split(r',|(?=[<>])', o.replace(' ',''))))
     required = [r for r in meta.get_all('Requires-Dist') if 'extra ==' not in r]
     assert {norm(o) for o in required} == {norm(o) for o in s['requirements'].split()}
-    scripts = {e.name: e.value for e in importlib.metadata.distribution('fastai_jocor').entry_points if e.group=='console_scripts'}
+    points = importlib.metadata.distribution('fastai_jocor').entry_points
+    scripts = {e.name: e.value for e in points if e.group == 'console_scripts'}
     assert scripts == dict(o.strip().split('=') for o in s['console_scripts'].splitlines() if o.strip())
 
 def test_drift_of_settings_is_seen(tmp_path, capsys):
@@ -37,19 +42,20 @@ def test_drift_of_settings_is_seen(tmp_path, capsys):
     ini.write_text(re.sub(r'(?m)^version = .*', 'version = 9.9.9', ini.read_text()))
     assert sync_settings.main(check=True, root=tmp_path) == 1
     sync_settings.main(root=tmp_path)
-    assert sync_settings.main(check=True, root=tmp_path) == 0 and '9.9.9' in (tmp_path/'fastai_jocor'/'__init__.py').read_text()
+    assert sync_settings.main(check=True, root=tmp_path) == 0
+    assert '9.9.9' in (tmp_path/'fastai_jocor'/'__init__.py').read_text()
 
 @pytest.fixture(scope='module')
 def copy(tmp_path_factory):
     "A copy of the sources, to export and clean in"
     tmp = tmp_path_factory.mktemp('copy')
-    for d in ('nbs','fastai_jocor'): shutil.copytree(ROOT/d, tmp/d, ignore=shutil.ignore_patterns('__pycache__','models','_*.yml'))
+    left_out = shutil.ignore_patterns('__pycache__','models','_*.yml')
+    for d in ('nbs','fastai_jocor'): shutil.copytree(ROOT/d, tmp/d, ignore=left_out)
     for f in ('pyproject.toml','settings.ini','README.md'): shutil.copy(ROOT/f, tmp)
     return tmp
 
 def test_modules_are_what_the_notebooks_export(copy):
-    code = 'from nbdev.export import nb_export; from nbdev.doclinks import nbdev_export; nbdev_export()'
-    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=copy, check=True, capture_output=True)
+    python('from nbdev.export import nb_export; from nbdev.doclinks import nbdev_export; nbdev_export()', cwd=copy)
     made = lambda root: {p.relative_to(root).as_posix(): p.read_text() for p in (root/'fastai_jocor').rglob('*.py')}
     here,there = made(ROOT),made(copy)
     assert set(here) == set(there)
@@ -68,13 +74,13 @@ def test_links_of_the_readme_start_from_its_folder():
 
 def test_notebooks_are_clean(copy):
     before = {p: p.read_text(encoding='utf-8') for p in (copy/'nbs').rglob('*.ipynb')}
-    subprocess.run([sys.executable, '-W', 'ignore', '-c', 'from nbdev.clean import nbdev_clean; nbdev_clean()'], cwd=copy, check=True, capture_output=True)
+    python('from nbdev.clean import nbdev_clean; nbdev_clean()', cwd=copy)
     for p,text in before.items(): assert p.read_text(encoding='utf-8') == text, p.name
 
 @pytest.mark.parametrize('module', ('losses','selection'))
 def test_pure_torch_modules_do_not_import_fastai(module):
-    code = f"import sys, fastai_jocor.{module}; assert not any(m.split('.')[0] in ('fastai','fastcore') for m in sys.modules)"
-    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True)
+    loaded = "[m for m in sys.modules if m.split('.')[0] in ('fastai','fastcore')]"
+    python(f'import sys, fastai_jocor.{module}; assert not {loaded}')
 
 def test_documentation(): assert list(docs.problems()) == []
 def test_readme(): assert (ROOT/'README.md').read_text(encoding='utf-8') == docs.readme()
@@ -85,7 +91,8 @@ def test_picture_of_the_home_page_shows_the_runs_that_are_there(tmp_path):
     assert front.is_drawn(tmp_path/'runs')
     found = front.runs()
     assert set(found) == set(front.WAYS) and all('accuracy' in h for hs in found.values() for h in hs)
-    for h in (tmp_path/'runs').glob('mnist-symmetric0.5-jocor_k3-*/history.csv'): h.write_text(re.sub(r'(?m)^199,.*\n', '', h.read_text()))
+    for h in (tmp_path/'runs').glob('mnist-symmetric0.5-jocor_k3-*/history.csv'):
+        h.write_text(re.sub(r'(?m)^199,.*\n', '', h.read_text()))
     assert not front.is_drawn(tmp_path/'runs') and not front.is_drawn(picture=tmp_path/'none.png')
     front.draw(tmp_path/'runs', tmp_path/'new.png')
     assert front.is_drawn(tmp_path/'runs', tmp_path/'new.png') and not front.is_drawn(picture=tmp_path/'new.png')
@@ -108,7 +115,8 @@ def test_dev_says_what_to_install_where_venv_is_missing(tmp_path):
     for f in ('dev.py','pyproject.toml'): shutil.copy(ROOT/f, tmp_path)
     (tmp_path/'fake').mkdir()
     (tmp_path/'fake'/'ensurepip.py').write_text("raise ImportError('left out')")
-    out = subprocess.run([sys.executable, tmp_path/'dev.py', 'demo'], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(tmp_path/'fake')})
+    env = {**os.environ, 'PYTHONPATH': str(tmp_path/'fake')}
+    out = subprocess.run([sys.executable, tmp_path/'dev.py', 'demo'], capture_output=True, text=True, env=env)
     assert out.returncode == 1 and 'python3-venv' in out.stderr and not (tmp_path/'.venv').exists()
 
 def test_dev_mends_a_half_made_environment(tmp_path, monkeypatch):
