@@ -7,21 +7,25 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/instance.html.md"""
 # %% auto #0
 __all__ = ['item_pixels', 'InstanceDependent']
 
-# %% ../nbs/10b_instance.ipynb #c008f483
+# %% ../nbs/10b_instance.ipynb #728a00d6
 import os, numpy as np
 from fastai.basics import *
 from PIL import Image
 from .losses import check_number
-from .noise import LabelNoise, item_uniform, _hash64, _n_classes, _pick
+from .transition import item_uniform, _hash64, _n_classes, _pick
+from .noise import LabelNoise
 
-# %% ../nbs/10b_instance.ipynb #97766993
-def _seed(seed, *names): return _hash64('/'.join(map(str, (int(seed),*names))))
+# %% ../nbs/10b_instance.ipynb #6f7702b0
+def _rgb(im):
+    if im.mode.startswith(('I','F')):
+        raise ValueError(f"an image of mode {im.mode} holds more than 8 bits a pixel: convert it to 8 bits first")
+    return im.convert('RGB')
 
 def item_pixels(
     o, # File of an image, image, array, tensor or numbers
     size:int=None # Side to which an image is shrunk first, in pixels; `None` leaves it
 )->np.ndarray: # Shape (m,), float64; pixels of images in [0, 1]
-    "Read what an item consists of as a flat vector"
+    "Return the content of an item as a flat vector"
     if isinstance(o, (str,os.PathLike)):
         try:
             with Image.open(o) as im: o = im.copy()
@@ -31,63 +35,78 @@ def item_pixels(
         o = np.asarray(o if size is None else o.resize((size,size)))
     if isinstance(o, Tensor): o = o.detach().cpu().numpy()
     a = np.asarray(o)
-    if a.dtype.kind not in 'uifb': raise ValueError(f"an item of type {type(o).__name__} holds no numbers: pass get_x, a function from an item to its image or numbers")
+    if a.dtype.kind not in 'uifb':
+        raise ValueError(f"an item of type {type(o).__name__} holds no numbers: "
+                         "pass get_x, a function from an item to its image or numbers")
     return a.ravel()/255. if a.dtype == np.uint8 else a.ravel().astype(np.float64)
 
-def _rgb(im):
-    if im.mode.startswith(('I','F')): raise ValueError(f"an image of mode {im.mode} holds more than 8 bits a pixel: convert it to 8 bits first")
-    return im.convert('RGB')
+def _unequal(o, a, b):
+    return ValueError(f"item {str(o)[:200]} holds {a} numbers, others {b}: images must be of one size; "
+                      "size=32 shrinks them for the draw")
 
-class InstanceDependent(LabelNoise):
-    "By the item itself: a flip rate of its own, and a wrong label that a random projection of its pixels prefers (Xia et al. 2020)"
-    def __init__(self,
-        rate:float, # Mean flip rate before the truncation to [0, 1], in (0, 1]
-        std:float=0.1, # Standard deviation of the items' flip rates, greater than 0
-        size:int=None, # Side to which images are shrunk before they are projected, in pixels; `None`: they are of one size
-        exact:bool=False, # Flip exactly `rate` of the items
-        get_x=None # Function from an item to its image or numbers; `None`: the item is a file, an image, an array or a tensor
-    ):
-        self.rate = check_number('rate', rate, lambda v: 0 < v <= 1, 'lie in (0, 1]: the mean flip rate')
-        self.std = check_number('std', std, lambda v: v > 0, 'be greater than 0: the deviation of the flip rates')
-        self.exact,self.size,self.get_x = exact,size,get_x
-    def _args(self): return [self.rate] + ([self.std] if self.std != 0.1 or self.size else []) + ([self.size] if self.size else [])
-    def transition(self, classes): raise ValueError(f"{self} has no matrix for all items: the realised one is in the record of the corruption")
+# %% ../nbs/10b_instance.ipynb #d7cb95f5
+def _seed(seed, *names): return _hash64('/'.join(map(str, (int(seed),*names))))
 
-    def noise_rate(self, labels, classes): return self.rate if self.exact else float(self._rates().mean()) if len(labels) else 0.
-    def _rates(self):
-        from scipy.stats import truncnorm
-        return truncnorm(-self.rate/self.std, (1-self.rate)/self.std, loc=self.rate, scale=self.std)
-
-    def _draw(self, y, classes, seed, keys, items):
-        if items is None: raise ValueError(f"{self} depends on the items: pass items, their images or numbers")
-        c,q = _n_classes(classes),self._rates().ppf(item_uniform(keys, _seed(seed,'rate')))
-        flip = self._flips(q, item_uniform(keys, seed))
-        u,noisy = item_uniform(keys, _seed(seed,'target')),y.copy()
-        for i in np.unique(y[flip]):
-            W = None
-            for idx in np.array_split(np.flatnonzero(flip & (y==i)), 1+(flip & (y==i)).sum()//1000):
-                x = self._pixels(items, idx)
-                if W is None: W = np.random.default_rng(_seed(seed,'class',i)).standard_normal((x.shape[1],c))
-                if len(W) != x.shape[1]: raise ValueError(_unequal(keys[idx[0]], x.shape[1], len(W)))
-                noisy[idx] = _pick(_softmax_but(x@W, i), u[idx])
-        return noisy
-
-    def _flips(self, q, u):
-        if not self.exact: return u < q
-        n,flip = self._count(self.rate*len(q), len(q)),np.zeros(len(q), dtype=bool)
-        flip[np.argsort(u/q, kind='stable')[:n]] = True
-        return flip
-
-    def _pixels(self, items, idx):
-        rows = [item_pixels(items[i] if self.get_x is None else self.get_x(items[i]), self.size) for i in idx.tolist()]
-        for i,r in zip(idx, rows):
-            if len(r) != len(rows[0]): raise ValueError(_unequal(items[i], len(r), len(rows[0])))
-        return np.stack(rows)
-
-def _unequal(o, a, b): return f"item {str(o)[:200]} holds {a} numbers, others {b}: images must be of one size; size=32 shrinks them for the draw"
 def _softmax_but(z, i):
     "Softmax over the rows of `z` with class `i` left out"
     z = z - np.delete(z, i, 1).max(1, keepdims=True)
     z[:,i] = -np.inf
     p = np.exp(z)
     return p/p.sum(1, keepdims=True)
+
+class InstanceDependent(LabelNoise):
+    "A flip rate for each item, and a wrong label that a random projection of its pixels prefers (Xia et al. 2020)"
+    def __init__(self,
+        rate:float, # Mean flip rate before the truncation to [0, 1], in (0, 1]
+        std:float=0.1, # Standard deviation of the items' flip rates, greater than 0
+        size:int=None, # Side to which images are shrunk for the projection, in pixels; `None`: they are of one size
+        exact:bool=False, # Flip exactly `rate` of the items
+        get_x=None # Function from an item to its image or numbers; `None`: a file, an image, an array or a tensor
+    ):
+        self.rate = check_number('rate', rate, lambda v: 0 < v <= 1, 'lie in (0, 1]: the mean flip rate')
+        self.std = check_number('std', std, lambda v: v > 0, 'be greater than 0: the deviation of the flip rates')
+        self.exact,self.size,self.get_x = exact,size,get_x
+
+    def _args(self):
+        args = [self.rate]
+        if self.std != 0.1 or self.size: args.append(self.std)
+        return args + ([self.size] if self.size else [])
+    def transition(self, classes):
+        raise ValueError(f"{self} has no matrix for all items: the realised one is in the record of the corruption")
+    def noise_rate(self, labels, classes):
+        if self.exact: return self.rate
+        return float(self._rates().mean()) if len(labels) else 0.
+    def _rates(self):
+        from scipy.stats import truncnorm
+        return truncnorm(-self.rate/self.std, (1-self.rate)/self.std, loc=self.rate, scale=self.std)
+
+# %% ../nbs/10b_instance.ipynb #083b8caf
+@patch
+def _draw(self:InstanceDependent, y, classes, seed, keys, items):
+    if items is None: raise ValueError(f"{self} depends on the items: pass items, their images or numbers")
+    rates = self._rates().ppf(item_uniform(keys, _seed(seed,'rate')))
+    flip = self._flips(rates, item_uniform(keys, seed))
+    u,noisy = item_uniform(keys, _seed(seed,'target')),y.copy()
+    for i in np.unique(y[flip]):
+        W,mine = None,np.flatnonzero(flip & (y==i))
+        for idx in np.array_split(mine, 1+len(mine)//1000):
+            x = self._pixels(items, idx)
+            shape = (x.shape[1], _n_classes(classes))
+            if W is None: W = np.random.default_rng(_seed(seed,'class',i)).standard_normal(shape)
+            if len(W) != len(x[0]): raise _unequal(keys[idx[0]], len(x[0]), len(W))
+            noisy[idx] = _pick(_softmax_but(x@W, i), u[idx])
+    return noisy
+
+@patch
+def _flips(self:InstanceDependent, rates, u):
+    if not self.exact: return u < rates
+    n,flip = self._count(self.rate*len(u), len(u)),np.zeros(len(u), dtype=bool)
+    flip[np.argsort(u/rates, kind='stable')[:n]] = True
+    return flip
+
+@patch
+def _pixels(self:InstanceDependent, items, idx):
+    rows = [item_pixels(items[i] if self.get_x is None else self.get_x(items[i]), self.size) for i in idx.tolist()]
+    for i,r in zip(idx, rows):
+        if len(r) != len(rows[0]): raise _unequal(items[i], len(r), len(rows[0]))
+    return np.stack(rows)

@@ -11,7 +11,7 @@ __all__ = ['small_loss_mask', 'CoTeachingCallback', 'CoTeachingPlusCallback', 'F
 from fastai.basics import *
 from .losses import check_number, peer_losses
 from .selection import check_forget_rate
-from .noise import check_transition
+from .transition import check_transition
 from .callback import PeersCallback
 
 # %% ../nbs/09_methods.ipynb #3f6471d7

@@ -71,7 +71,7 @@ _datasets,_precisions = ('digits','mnist','cifar10','cifar100'),('float32','bflo
 class RunConfig:
     "Everything that determines a run"
     dataset:str = 'digits' # `digits`, `mnist`, `cifar10` or `cifar100`
-    noise:str = 'symmetric:0.5' # Name of a recipe (`make_noise`), or `none`
+    noise:str = 'symmetric:0.5' # Name of a noise model (`make_noise`), or `none`
     method:str = 'jocor' # A name in `methods`: `jocor`, `co_teaching`, `co_teaching_plus`; one network by `standard` (plain training), `forward` or `sce`
     k:int = 2 # Number of peers, at least 1
     contrast:str = 'kl' # `kl`, `kl_circular`, `ce` or `ce_circular`
@@ -99,13 +99,13 @@ class RunConfig:
         if self.dataset == 'digits' and (self.subset is not None or self.augment != 'none'): raise ValueError(f"subset={self.subset!r} and augment={self.augment!r} are for mnist and cifar: digits are small already")
         augmentation(self.augment)
         if not self.lr > 0: raise ValueError(f"lr={self.lr!r} must be greater than 0")
-        self.recipe()
+        self.noise_model()
         methods[self.method].check(self.options)
         if self.method == 'forward' and self.noise == 'none': raise ValueError("method='forward' corrects the loss by the known transition matrix of the noise, and noise='none' has none")
         self.callback()
 
-    def recipe(self):
-        "The recipe of the noise, or `None`; asymmetric noise on digits flips the classes that it flips on MNIST"
+    def noise_model(self):
+        "The noise model, or `None`; asymmetric noise on digits flips the classes that it flips on MNIST"
         noise = make_noise(self.noise)
         if isinstance(noise, Asymmetric) and noise.map is None and self.dataset in ('digits','mnist'): noise.map = 'mnist'
         return noise

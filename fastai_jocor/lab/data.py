@@ -7,79 +7,78 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/lab/data.html.md"""
 # %% auto #0
 __all__ = ['stratified', 'InMemoryDataLoaders']
 
-# %% ../../nbs/lab/00b_data.ipynb #53d236fd
+# %% ../../nbs/lab/00b_data.ipynb #313d65e8
 import numpy as np, torch
 from fastai.vision.all import *
-from ..noise import NoiseRecord, check_labels
-from ..blocks import make_noise, _Some
+from torch.utils.data import Subset
+from ..transition import check_labels
+from ..noise import NoiseRecord
+from ..blocks import make_noise
 from .store import *
 from .store import _channels_last, _normalize
 
-# %% ../../nbs/lab/00b_data.ipynb #7e02581c
-class _DecodeDL(TfmdDL):
-    "Reads items in order, each as in validation, and does not stop at a bad one"
+# %% ../../nbs/lab/00b_data.ipynb #260a2ba1
+class _ReadDL(TfmdDL):
+    "Reads items in order, each as in validation; gives the error of an item that cannot be read"
     def before_iter(self):
         super().before_iter()
         self.after_item.split_idx = 1
+    def do_item(self, i):
+        try:
+            x,y = self.after_item(self.create_item(i))
+            types = [type(o) if isinstance(o, Tensor) else Tensor for o in (x,y)]
+            return np.asarray(_channels_last(x[None])[0]),np.asarray(torch.as_tensor(y)),types
+        except Exception as e: return f'{type(e).__name__}: {e}'
+    def do_batch(self, b): return b
 
-    def do_item(self, s):
-        try: return self.after_item(self.create_item(s))
-        except Exception as e: return s,f'{type(e).__name__}: {e}'
+def _each_item(sets, n_workers, progress):
+    "Names and items of some data sets, each given with its item transforms"
+    for ds,tfms in sets:
+        dl = _ReadDL(ds, bs=64, num_workers=n_workers if len(ds) > 256 else 0, after_item=tfms, do_setup=False)
+        items = itertools.chain.from_iterable(progress_bar(dl, leave=False) if progress else dl)
+        names = getattr(ds, 'items', range(len(ds)))
+        for name,item in zip(names.index if hasattr(names, 'iloc') else names, items): yield str(name)[:200],item
 
-    def do_batch(self, b):
-        bad,good = [o for o in b if isinstance(o[0], int)],[o for o in b if not isinstance(o[0], int)]
-        shapes = [tuple(o[0].shape) for o in good]
-        if bad or len(set(shapes)) > 1: return bad,shapes,None,None,None
-        targets = [torch.as_tensor(o[1]) for o in good]
-        odd = next((i for i,t in enumerate(targets) if t.shape != targets[0].shape), None)
-        if odd is not None: raise ValueError(f"the target of an item has shape {tuple(targets[odd].shape)}, that of another {tuple(targets[0].shape)}: targets must be of one shape to be held in memory")
-        return bad,shapes,[type(o) if isinstance(o, Tensor) else Tensor for o in good[0]],torch.stack([torch.as_tensor(o[0]) for o in good]).as_subclass(Tensor),torch.stack(targets).as_subclass(Tensor)
+def _odd_one(names, shapes):
+    "Name an item that is not of the commonest shape, and how many are not"
+    common = max(set(shapes), key=shapes.count)
+    odd = [i for i,s in enumerate(shapes) if s != common]
+    return odd and f"{names[odd[0]]} has shape {shapes[odd[0]]}, most have {common}; {len(odd)} of {len(shapes)} differ"
+
+def _read_items(sets, n_workers=None, progress=True):
+    "Read all items into an array of images (n, H, W, C) and one of targets; also return the types of both"
+    n = sum(len(ds) for ds,_ in sets)
+    images,names,shapes,targets,bad = None,[],[],[],[]
+    for at,(name,item) in enumerate(_each_item(sets, ifnone(n_workers, defaults.cpus), progress)):
+        if isinstance(item, str):
+            bad.append(f"{name} cannot be read as an image ({item})")
+            continue
+        x,y,types = item
+        names.append(name); shapes.append(x.shape); targets.append(y)
+        if images is None: images = np.empty((n,*x.shape), np.uint8)
+        if x.shape == images.shape[1:]: images[at] = x
+    if bad: raise ValueError(bad[0] + (f', and {len(bad)-1} others' if len(bad) > 1 else ''))
+    if odd := _odd_one(names, shapes):
+        raise ValueError(f"images must be of one size: {odd}. "
+                         "Bring them to one size first, such as with item_tfms=Resize(...)")
+    if odd := _odd_one(names, [o.shape for o in targets]):
+        raise ValueError(f"targets must be of one shape to be held in memory: {odd}")
+    return images,np.stack(targets),types
 
 def _check_loader(dl):
-    ds = dl.dataset
-    if type(dl) not in (TfmdDL,MemoryDL): raise ValueError(f"dls holds a {type(dl).__name__}: only a plain TfmdDL can be turned into a loader in memory")
+    if type(dl) not in (TfmdDL,MemoryDL):
+        raise ValueError(f"dls holds a {type(dl).__name__}: only a plain TfmdDL can be turned into a loader in memory")
     rand = [type(t).__name__ for t in dl.after_item.fs if isinstance(t, RandTransform) and not isinstance(t, Resize)]
-    if rand: raise ValueError(f"dls draws {', '.join(rand)} for each item, and items are decoded only once: give it as batch_tfms instead")
-    if len(L(dl.before_batch.fs)): raise ValueError(f"dls changes items before they are collated ({dl.before_batch}), which a loader in memory cannot do")
-    if len(ds) == 0: return None
-    if not hasattr(ds, 'tls') or len(ds.tls) != 2 or dl.n_inp != 1: raise ValueError("dls must give pairs of one image and one target")
-    return ds
+    if rand:
+        raise ValueError(f"dls draws {', '.join(rand)} for each item, and items are decoded only once: "
+                         "give it as batch_tfms instead")
+    if len(L(dl.before_batch.fs)):
+        raise ValueError(f"dls changes items before they are collated ({dl.before_batch}), "
+                         "which a loader in memory cannot do")
+    if len(dl.dataset) and (len(getattr(dl.dataset, 'tls', [])) != 2 or dl.n_inp != 1):
+        raise ValueError("dls must give pairs of one image and one target")
 
-def _name_item(ds, i): return str(ds.items[i] if hasattr(ds, 'items') else i)[:200]
-
-def _bad_items(bad):
-    (ds,i,error),more = bad[0],f', and {len(bad)-1} others' if len(bad) > 1 else ''
-    return f"{_name_item(ds, i)} cannot be read ({error}){more}"
-
-def _unequal_sizes(names, shapes):
-    "Say which images are not of the commonest size"
-    common = max(set(shapes), key=shapes.count)
-    other = [(n,s) for n,s in zip(names, shapes) if s != common]
-    return (f"images must be of one size: {other[0][0]} has shape {other[0][1]}, most have {common}; {len(other)} of {len(shapes)} differ. "
-            "Bring them to one size first, such as with item_tfms=Resize(...)")
-
-def _decode(loaders, n_workers, progress):
-    "Read all items of the loaders into one tensor of images and one of targets"
-    images = targets = types = None
-    all_bad = []
-    at,n = 0,sum(len(dl.dataset) for dl in loaders)
-    for dl in loaders:
-        bad,shapes,ds = [],[],dl.dataset
-        reader = _DecodeDL(ds, bs=64, num_workers=n_workers if len(ds) > 256 else 0, after_item=dl.after_item, do_setup=False)
-        for b,s,t,x,y in progress_bar(reader, leave=False) if progress else reader:
-            bad += b; shapes += s
-            if bad or all_bad or len(set(shapes)) > 1: continue
-            if images is None:
-                types,images,targets = t, _channels_last(x[:1]).new_empty((n,*_channels_last(x[:1]).shape[1:])),y.new_empty((n,*y.shape[1:]))
-            if _channels_last(x).shape[1:] != images.shape[1:]: raise ValueError(_unequal_sizes([_name_item(ds,0), 'training'], [tuple(x.shape[1:]), *[tuple(images.permute(0,3,1,2).shape[1:])]*2]))
-            images[at:at+len(x)],targets[at:at+len(x)] = _channels_last(x),y
-            at += len(x)
-        all_bad += [(ds,*o) for o in bad]
-        if not bad and len(set(shapes)) > 1: raise ValueError(_unequal_sizes([_name_item(ds,i) for i in range(len(shapes))], shapes))
-    if all_bad: raise ValueError(_bad_items(all_bad))
-    return images,targets,types
-
-# %% ../../nbs/lab/00b_data.ipynb #201e3fbc
+# %% ../../nbs/lab/00b_data.ipynb #c5cfa0fd
 def stratified(
     labels, # Class of each item, shape (n,)
     n, # Share in (0, 1), or number of items to take
@@ -88,68 +87,21 @@ def stratified(
 )->tuple: # Positions of the items that are taken, and of the others, both ascending
     "Choose items so that every class keeps its share"
     from sklearn.model_selection import train_test_split
-    n_items,c = len(labels),len(np.unique(labels))
-    size = n if isinstance(n, (int,np.integer)) and not isinstance(n, bool) else round(n*n_items) if isinstance(n, (float,np.floating)) and 0 < n < 1 else 0
-    if not c <= size <= n_items-c: raise ValueError(f"{name}={n!r} must be a share in (0, 1) or a number of items, and leave and take at least one of each of the {c} classes: from {c} to {n_items-c} of {n_items} items")
-    taken,rest = train_test_split(np.arange(n_items), train_size=int(size), stratify=np.asarray(labels), random_state=seed)
-    return np.sort(taken),np.sort(rest)
-
-# %% ../../nbs/lab/00b_data.ipynb #ed2c9051
-class InMemoryDataLoaders(DataLoaders):
-    "`DataLoaders` of images that are held in memory"
-    @classmethod
-    def from_arrays(cls,
-        images, # Pixels in 0..255, shape (n, H, W), (n, H, W, channels) or (n, channels, H, W), with 1 or 3 channels, uint8
-        labels, # True labels, shape (n,), class indices, or names
-        vocab=None, # Class names; `None` numbers the classes, or sorts their names
-        valid=0.2, # Share of validation items, stratified and the same for every `seed`; or their positions
-        noise=None, # Recipe that corrupts the training labels, or its name, such as `symmetric:0.2`
-        seed:int=0, # Seed of the corruption
-        bs:int=64, # Items per batch
-        val_bs:int=None, # Items per validation batch; `None` for four times `bs`
-        train=None, # Positions of the training items; `None` for all that are not in `valid` or `test`
-        test=None, # Positions of test items, which become a third loader, `dls[2]`
-        keys=None, # What identifies each of the n items, so that its corrupted label stays with it; `None` for its position
-        batch_tfms=None, # fastai transforms of a batch
-        normalize=None, # Mean and standard deviation of the channels, of pixels in [0, 1], to normalise batches by
-        drop_last:bool=True, # Leave out the last training batch if it is smaller, but not the only one
-        path='.', # Where the learner writes
-        device=None # Where batches go; `None` for fastai's default
-    ):
-        "Make `DataLoaders` from arrays, with the record of the corruption at `dls.noise`"
-        recipe,labels = make_noise(noise),np.asarray(labels)
-        vocab,labels = _coded(labels, vocab)
-        given = torch.as_tensor(check_labels(labels, len(vocab))).clone()
-        store = ImageStore(images, given)
-        train,valid,test = _splits(given.numpy(), train, valid, test)
-        record = None if recipe is None else _corrupt(recipe, given.numpy(), vocab, seed, train, keys, store.images)
-        if record is not None: given[train] = torch.as_tensor(record.noisy)
-        device = ifnone(device, default_device())
-        norm = [] if normalize is None else [_normalize(normalize, store.images.shape, L(batch_tfms))]
-        tfms = dict(after_item=[ToTensor], after_batch=[BytesToFloat, *L(batch_tfms), *norm], device=device)
-        first = MemoryDL(MemoryDatasets(store, train, vocab, 0, record), store, train, bs=bs, shuffle=True, drop_last=drop_last and len(train) >= bs, **tfms)
-        others = [first.new(MemoryDatasets(store, o, vocab, 1), cls=MemoryDL, store=store, pos=o, bs=ifnone(val_bs, 4*bs), shuffle=False, drop_last=False) for o in (valid,test) if o is not None]
-        return cls(first, *others, path=path, device=device)
-
-    @classmethod
-    def from_dls(cls,
-        dls:DataLoaders, # Of any image `DataBlock` whose item transforms give images of one size
-        n_workers:int=None, # Processes that decode; `None` for one a core
-        progress:bool=True # Show a progress bar
-    ):
-        "Decode the images of `dls` once and hold them in memory; everything else stays as it is"
-        loaders = [dl for dl in dls.loaders if _check_loader(dl) is not None]
-        if not loaders: raise ValueError("dls holds no items")
-        images,targets,types = _decode(loaders, ifnone(n_workers, defaults.cpus), progress)
-        store,at,new = ImageStore(images, targets, types),0,[]
-        for dl in dls.loaders:
-            new.append(dl.new(cls=MemoryDL, store=store, pos=torch.arange(at, at+len(dl.dataset)), num_workers=0))
-            at += len(dl.dataset)
-        return cls(*new, path=dls.path, device=ifnone(dls.device, default_device()))
+    n_items,c,size = len(labels),len(np.unique(labels)),0
+    if isinstance(n, (int,np.integer)) and not isinstance(n, bool): size = int(n)
+    if isinstance(n, (float,np.floating)) and 0 < n < 1: size = round(n*n_items)
+    if not c <= size <= n_items-c:
+        raise ValueError(f"{name}={n!r} must be a share in (0, 1) or a number of items, and leave and take at least "
+                         f"one of each of the {c} classes: from {c} to {n_items-c} of {n_items} items")
+    parts = train_test_split(np.arange(n_items), train_size=size, stratify=np.asarray(labels), random_state=seed)
+    return tuple(np.sort(o) for o in parts)
 
 def _coded(labels, vocab):
     "Vocabulary and class indices from indices or names"
-    if labels.dtype.kind not in 'UO': return ([str(i) for i in range(int(labels.max())+1)] if vocab is None else list(vocab)),labels
+    labels = np.asarray(labels)
+    if labels.dtype.kind not in 'UO':
+        vocab = [str(i) for i in range(int(labels.max())+1)] if vocab is None else list(vocab)
+        return vocab,check_labels(labels, len(vocab))
     vocab = sorted(set(labels.tolist())) if vocab is None else list(vocab)
     unknown = set(labels.tolist()) - set(vocab)
     if unknown: raise ValueError(f"labels hold {sorted(map(str, unknown))[:5]}, which are not in vocab")
@@ -158,26 +110,91 @@ def _coded(labels, vocab):
 def _positions(name, o, n):
     "Positions of items from positions or a mask"
     a = np.asarray(o)
-    if a.ndim != 1 or a.dtype.kind not in 'iub' or (a.dtype == bool and len(a) != n): raise ValueError(f"{name}={o!r} must be positions in [0, {n}), or a mask of {n} items" + (", or a share in (0, 1)" if name=='valid' else ''))
-    return np.flatnonzero(a) if a.dtype == bool else a.astype(np.int64)
+    if a.ndim != 1 or a.dtype.kind not in 'iub' or (a.dtype == bool and len(a) != n):
+        share = ", or a share in (0, 1)" if name == 'valid' else ''
+        raise ValueError(f"{name}={o!r} must be positions in [0, {n}), or a mask of {n} items{share}")
+    a = np.flatnonzero(a) if a.dtype == bool else a.astype(np.int64)
+    if len(a)==0 or a.min() < 0 or a.max() >= n:
+        raise ValueError(f"{name} must hold positions in [0, {n}), at least one")
+    return a
 
 def _splits(y, train, valid, test):
-    "Positions of training, validation and test items, or a `ValueError`"
+    "Positions of training, validation and test items"
     n = len(y)
     train,test = [None if o is None else _positions(k, o, n) for k,o in (('train',train),('test',test))]
+    others = np.array([], dtype=int) if test is None else test
     if isinstance(valid, (float,np.floating)):
-        pool = np.setdiff1d(np.arange(n), [] if test is None else test) if train is None else train
+        pool = np.setdiff1d(np.arange(n), others) if train is None else train
         taken,rest = stratified(y[pool], float(valid), 'valid')
         train,valid = pool[rest],pool[taken]
     valid = _positions('valid', valid, n)
-    if train is None: train = np.setdiff1d(np.arange(n), valid if test is None else np.concatenate([valid,test]))
-    for name,o in (('train',train),('valid',valid),('test',test)):
-        if o is not None and (len(o)==0 or o.min() < 0 or o.max() >= n): raise ValueError(f"{name} must hold positions in [0, {n}), at least one")
-    for name,o in (('valid',valid),('test',test)):
-        both = [] if o is None else np.intersect1d(train, o)
-        if len(both): raise ValueError(f"{name} holds {len(both)} of the training items, such as {both[0]}: an item is in one part only")
+    if train is None: train = _positions('train', np.setdiff1d(np.arange(n), np.concatenate([valid,others])), n)
+    for name,o in (('valid',valid),('test',others)):
+        both = np.intersect1d(train, o)
+        if len(both):
+            raise ValueError(f"{name} holds {len(both)} of the training items, such as {both[0]}: "
+                             "an item is in one part only")
     return train,valid,test
 
-def _corrupt(recipe, y, vocab, seed, train, keys, images):
+# %% ../../nbs/lab/00b_data.ipynb #5d677d16
+class InMemoryDataLoaders(DataLoaders):
+    "`DataLoaders` of images that are held in memory"
+    @classmethod
+    def from_arrays(cls,
+        images, # Pixels in 0..255, uint8, (n, H, W), (n, H, W, channels) or (n, channels, H, W), 1 or 3 channels
+        labels, # True labels, shape (n,), class indices, or names
+        vocab=None, # Class names; `None` numbers the classes, or sorts their names
+        valid=0.2, # Share of validation items, stratified and the same for every `seed`; or their positions
+        noise=None, # Noise model that corrupts the training labels, or its name, such as `symmetric:0.2`
+        seed:int=0, # Seed of the corruption
+        bs:int=64, # Items per batch
+        val_bs:int=None, # Items per validation batch; `None` for four times `bs`
+        train=None, # Positions of the training items; `None` for all that are not in `valid` or `test`
+        test=None, # Positions of test items, which become a third loader, `dls[2]`
+        keys=None, # What identifies each of the n items; `None` for its position
+        batch_tfms=None, # fastai transforms of a batch
+        normalize=None, # Mean and standard deviation of the channels, of pixels in [0, 1], to normalise batches by
+        drop_last:bool=True, # Leave out the last training batch if it is smaller, but not the only one
+        path='.', # Where the learner writes
+        device=None # Where batches go; `None` for fastai's default
+    ):
+        "Make `DataLoaders` from arrays, with the record of the corruption at `dls.noise`"
+        noise,device = make_noise(noise),ifnone(device, default_device())
+        vocab,given = _coded(labels, vocab)
+        given = torch.tensor(given)
+        store = ImageStore(images, given)
+        train,valid,test = _splits(given.numpy(), train, valid, test)
+        record = None if noise is None else _corrupt(noise, given.numpy(), vocab, seed, train, keys, store.images)
+        if record is not None: given[train] = torch.as_tensor(record.noisy)
+        norm = [] if normalize is None else [_normalize(normalize, store.images.shape, L(batch_tfms))]
+        after_batch = [BytesToFloat, *L(batch_tfms), *norm]
+        first = MemoryDL(MemoryDatasets(store, train, vocab, 0, record), store, train, bs=bs, shuffle=True,
+                         drop_last=drop_last and len(train) >= bs, after_item=[ToTensor], after_batch=after_batch,
+                         device=device)
+        def held_out(pos):
+            ds = MemoryDatasets(store, pos, vocab, 1)
+            return first.new(ds, cls=MemoryDL, store=store, pos=pos, bs=ifnone(val_bs, 4*bs), shuffle=False,
+                             drop_last=False)
+        return cls(first, *[held_out(o) for o in (valid,test) if o is not None], path=path, device=device)
+
+def _corrupt(noise, y, vocab, seed, train, keys, images):
     keys = train if keys is None else [keys[i] for i in train]
-    return NoiseRecord(y[train], recipe.corrupt(y[train], vocab, seed, keys, _Some(images, train)), vocab, recipe, keys)
+    noisy = noise.corrupt(y[train], vocab, seed, keys, Subset(images, train))
+    return NoiseRecord(y[train], noisy, vocab, noise, keys)
+
+# %% ../../nbs/lab/00b_data.ipynb #d55db1e9
+@patch(cls_method=True)
+def from_dls(cls:InMemoryDataLoaders,
+    dls:DataLoaders, # Of any image `DataBlock` whose item transforms give images of one size
+    n_workers:int=None, # Processes that decode; `None` for one a core
+    progress:bool=True # Show a progress bar
+):
+    "Decode the images of `dls` once and hold them in memory; everything else stays as it is"
+    for dl in dls.loaders: _check_loader(dl)
+    if not any(len(dl.dataset) for dl in dls.loaders): raise ValueError("dls holds no items")
+    images,targets,types = _read_items([(dl.dataset, dl.after_item) for dl in dls.loaders], n_workers, progress)
+    store,at,new = ImageStore(images, targets, types),0,[]
+    for dl in dls.loaders:
+        new.append(dl.new(cls=MemoryDL, store=store, pos=torch.arange(at, at+len(dl.dataset)), num_workers=0))
+        at += len(dl.dataset)
+    return cls(*new, path=dls.path, device=ifnone(dls.device, default_device()))

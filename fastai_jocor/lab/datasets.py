@@ -8,19 +8,20 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/lab/datasets.html.md"""
 __all__ = ['cifar100_stats', 'digits_dls', 'augmentation', 'mnist_dls', 'read_images', 'cifar10_dls', 'cifar100_dls', 'jocor_mlp',
            'jocor_cnn']
 
-# %% ../../nbs/lab/01_datasets.ipynb #b615927b
+# %% ../../nbs/lab/01_datasets.ipynb #84c5af82
 import tempfile, numpy as np, torch
+import torchvision.datasets as tvd
 from fastai.vision.all import *
-from ..noise import check_labels, cifar10_classes, cifar100_classes
+from ..noise import cifar10_classes, cifar100_classes
 from ..instance import _rgb
 from ..human import file_number
 from ..blocks import make_noise
 from .store import CropFlip
-from .data import InMemoryDataLoaders, stratified, _unequal_sizes
+from .data import InMemoryDataLoaders, stratified, _read_items
 
-# %% ../../nbs/lab/01_datasets.ipynb #161b47cb
+# %% ../../nbs/lab/01_datasets.ipynb #e3dbfb06
 def digits_dls(
-    noise=None, # Recipe that corrupts the training labels, or its name, such as `symmetric:0.2`
+    noise=None, # Noise model that corrupts the training labels, or its name, such as `symmetric:0.2`
     seed:int=0, # Seed of the corruption
     bs:int=64, # Items per batch
     valid:float=0.3, # Share of validation items, stratified, the same items for every `seed`
@@ -30,51 +31,58 @@ def digits_dls(
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
     d = load_digits()
-    valid_idx = train_test_split(np.arange(len(d.target)), test_size=valid, stratify=d.target, random_state=0)[1]
-    return InMemoryDataLoaders.from_arrays((d.images*15).astype(np.uint8), d.target, [str(i) for i in range(10)], valid_idx, noise, seed, bs, **kwargs)
+    images,vocab = (d.images*15).astype(np.uint8),[str(i) for i in range(10)]
+    held_out = train_test_split(np.arange(len(images)), test_size=valid, stratify=d.target, random_state=0)[1]
+    return InMemoryDataLoaders.from_arrays(images, d.target, vocab, held_out, noise, seed, bs, **kwargs)
 
-# %% ../../nbs/lab/01_datasets.ipynb #e2b5ff31
+# %% ../../nbs/lab/01_datasets.ipynb #e0e1c944
 def augmentation(
     augment # `None` or `none`, `crop_flip`, or fastai batch transforms
 )->list: # Batch transforms
-    "Make batch transforms from the name of an augmentation"
+    "Return batch transforms by the name of an augmentation"
     if augment is None or augment == 'none': return []
-    if isinstance(augment, str) and augment != 'crop_flip': raise ValueError(f"augment={augment!r} is unknown: choose none or crop_flip, or pass fastai batch transforms such as aug_transforms()")
-    return [CropFlip()] if augment == 'crop_flip' else list(L(augment))
+    if augment == 'crop_flip': return [CropFlip()]
+    if not isinstance(augment, str): return list(L(augment))
+    raise ValueError(f"augment={augment!r} is unknown: choose none or crop_flip, "
+                     "or pass fastai batch transforms such as aug_transforms()")
 
-# %% ../../nbs/lab/01_datasets.ipynb #a302462d
-def _paper_dls(images, labels, n_train, vocab, noise, seed, bs, valid, subset, augment, normalize, stats, keys=None, **kwargs):
-    "`DataLoaders` of a data set whose training items come first"
-    recipe,tfms,stats = make_noise(noise),augmentation(augment),stats if normalize else None
-    labels = check_labels(labels, len(vocab))
-    if recipe is not None: recipe.check(labels[:n_train], vocab)
+def _paper_dls(read, stats, noise, seed, bs, valid='test', subset=None, augment=None, normalize=False, **kwargs):
+    "`DataLoaders` of a data set whose training items come first; `read` returns it"
+    noise,tfms = make_noise(noise),augmentation(augment)
+    images,labels,n_train,vocab,keys = read()
+    if noise is not None: noise.check(labels[:n_train], vocab)
     train,test = np.arange(n_train),np.arange(n_train, len(labels))
     if subset is not None:
         share = subset/n_train if isinstance(subset, (int,np.integer)) else subset
         train,test = stratified(labels[train], subset)[0],test[stratified(labels[test], share)[0]]
-    if valid != 'test' and not isinstance(valid, (float,np.floating)): raise ValueError(f"valid={valid!r} must be 'test', or the share of the training items to hold out, in (0, 1)")
-    split = dict(valid=test) if valid == 'test' else dict(valid=valid, test=test)
+    if valid == 'test': split = dict(valid=test)
+    elif isinstance(valid, (float,np.floating)): split = dict(valid=valid, test=test)
+    else:
+        raise ValueError(f"valid={valid!r} must be 'test', or the share of the training items to hold out, in (0, 1)")
     tfms += list(L(kwargs.pop('batch_tfms', None)))
-    return InMemoryDataLoaders.from_arrays(images, labels, vocab, noise=recipe, seed=seed, bs=bs, train=train, keys=keys, **merge(split, dict(batch_tfms=tfms, normalize=stats), kwargs))
+    options = dict(split, keys=keys, batch_tfms=tfms, normalize=stats if normalize else None) | kwargs
+    return InMemoryDataLoaders.from_arrays(images, labels, vocab, noise=noise, seed=seed, bs=bs, train=train, **options)
 
 def _from_torchvision(cls, root, download):
-    "Training and test set of a torchvision data set; a download is moved into place when it is whole"
+    "Training and test set of a torchvision data set; a download is moved into place when it is complete"
     try: return [cls(root, train=t) for t in (True,False)]
     except RuntimeError:
         if not download: raise
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as tmp:
         cls(tmp, train=True, download=True)
-        for p in [p for p in Path(tmp).iterdir() if p.is_dir()]: shutil.copytree(p, root/p.name, dirs_exist_ok=True)
+        for p in Path(tmp).iterdir():
+            if p.is_dir(): shutil.copytree(p, root/p.name, dirs_exist_ok=True)
     return [cls(root, train=t) for t in (True,False)]
 
-def _not_found(name, looked, wanted, e=None):
-    return FileNotFoundError(f"path: no {name} found in {' or '.join(map(str,looked))}: expected {wanted}" + (f" (the download failed: {e})" if e else "; download=True fetches it where there is a network"))
+def _not_found(name, looked, wanted, download, e):
+    why = f"the download failed: {e}" if download else "download=True fetches it where there is a network"
+    return FileNotFoundError(f"path: no {name} found in {' or '.join(map(str,looked))}: expected {wanted}; {why}")
 
-# %% ../../nbs/lab/01_datasets.ipynb #825ad0f8
+# %% ../../nbs/lab/01_datasets.ipynb #414d7d91
 def mnist_dls(
     path=None, # Folder that holds `MNIST/raw/`, torchvision's layout; `None` for fastai's data folder
-    noise=None, # Recipe that corrupts the training labels, or its name, such as `symmetric:0.2`
+    noise=None, # Noise model that corrupts the training labels, or its name, such as `symmetric:0.2`
     seed:int=0, # Seed of the corruption
     bs:int=128, # Items per batch
     download:bool=None, # Let torchvision download it where it is missing; `None`: only if `path` is `None`
@@ -85,86 +93,92 @@ def mnist_dls(
     **kwargs # To `InMemoryDataLoaders.from_arrays`
 )->DataLoaders: # Training and validation set, and `dls[2]` for `test` where there is one
     "MNIST: 60,000 training and 10,000 test images of 28×28 pixels"
-    from torchvision.datasets import MNIST
-    root = Path(ifnone(path, fastai_path('data')))
-    try: train,test = _from_torchvision(MNIST, root, ifnone(download, path is None))
-    except (RuntimeError, OSError) as e: raise _not_found('MNIST', [root], f"the four files of MNIST under {root/'MNIST'/'raw'}", e if ifnone(download, path is None) else None) from None
-    images,labels = torch.cat([train.data, test.data]),torch.cat([train.targets, test.targets])
-    return _paper_dls(images, labels, len(train.data), [str(i) for i in range(10)], noise, seed, bs, valid, subset, augment, normalize, mnist_stats, **kwargs)
+    def read():
+        root,fetch = Path(ifnone(path, fastai_path('data'))),ifnone(download, path is None)
+        try: train,test = _from_torchvision(tvd.MNIST, root, fetch)
+        except (RuntimeError, OSError) as e:
+            raise _not_found('MNIST', [root], f"the four files of MNIST under {root/'MNIST'/'raw'}", fetch, e) from None
+        labels = torch.cat([train.targets, test.targets]).numpy()
+        return torch.cat([train.data, test.data]),labels,len(train.data),[str(i) for i in range(10)],None
+    return _paper_dls(read, mnist_stats, noise, seed, bs, valid, subset, augment, normalize, **kwargs)
 
-# %% ../../nbs/lab/01_datasets.ipynb #bf8a9e88
-def _read_chunk(files):
-    "Images of some files as arrays (H, W, C); a file that is no image gives the error"
-    def read(f):
-        try:
-            with Image.open(f) as im: return np.asarray(im if im.mode=='RGB' else _rgb(im))
-        except Exception as e: return f'{type(e).__name__}: {e}'
-    return [read(f) for f in files]
+# %% ../../nbs/lab/01_datasets.ipynb #4408b650
+class _Files:
+    "Image files as a data set of arrays (H, W, 3)"
+    def __init__(self, files): self.items = files
+    def __len__(self): return len(self.items)
+    def __getitem__(self, i):
+        with Image.open(self.items[i]) as im: return np.asarray(im if im.mode == 'RGB' else _rgb(im)),0
 
 def read_images(
     files, # Image files of one size
     n_workers:int=None, # Processes; `None` for one a core
     progress:bool=True # Show a progress bar
 )->Tensor: # (n, H, W, 3), uint8
-    "Read image files in parallel; a `ValueError` names the first that is no image or of another size, and counts the others"
-    chunks = [files[i:i+500] for i in range(0, len(files), 500)]
-    many = len(chunks) > 2
-    got = sum(parallel(_read_chunk, chunks, n_workers=ifnone(n_workers, defaults.cpus) if many else 0, progress=progress and many), [])
-    bad = [(f,o) for f,o in zip(files,got) if isinstance(o, str)]
-    if bad: raise ValueError(f"{bad[0][0]} cannot be read as an image ({bad[0][1]})" + (f', and {len(bad)-1} others' if len(bad) > 1 else ''))
-    shapes = [o.shape[:2] for o in got]
-    if len(set(shapes)) > 1: raise ValueError(_unequal_sizes(files, shapes))
-    return torch.from_numpy(np.stack(got))
+    "Read image files in parallel; a `ValueError` names one that is no image or of another size, and counts the others"
+    return torch.from_numpy(_read_items([(_Files(files),noop)], n_workers, progress)[0])
 
-# %% ../../nbs/lab/01_datasets.ipynb #f57328c0
-_cifar = dict(cifar10=('CIFAR10','cifar-10-batches-py',10), cifar100=('CIFAR100','cifar-100-python',100))
+# %% ../../nbs/lab/01_datasets.ipynb #6f4bfb1b
+_cifar = dict(cifar10=(tvd.CIFAR10, 'cifar-10-batches-py', cifar10_classes),
+              cifar100=(tvd.CIFAR100, 'cifar-100-python', cifar100_classes))
 
 def _find_cifar(name, path):
     "The folder that holds the data, and whether as `folders` or `batches`; or the folders that were looked into"
-    base,looked = Path(ifnone(path, fastai_path('data'))),[]
+    base,batches,looked = Path(ifnone(path, fastai_path('data'))),_cifar[name][1],[]
     for d in (base, base/name):
         for root in (d, d.parent):
-            if (root/_cifar[name][1]).is_dir() and (root is d or d.name == _cifar[name][1]): return root,'batches'
+            if (root/batches).is_dir() and (root is d or d.name == batches): return root,'batches'
         if path is not None or d.name == name:
-            if all((d/o).is_dir() and any(p.is_dir() for p in (d/o).iterdir()) for o in ('train','test')): return d,'folders'
+            splits = [d/'train', d/'test']
+            if all(o.is_dir() and any(p.is_dir() for p in o.iterdir()) for o in splits): return d,'folders'
         looked.append(d)
     return looked,None
 
-def _read_folders(root, n_classes, progress):
-    "Images, labels and class names from `train/<class>` and `test/<class>`, training items first, each class in the order of its numbers"
-    files = [[(f.parent.name, ifnone(file_number(f), -1), f) for f in get_image_files(root/s)] for s in ('train','test')]
-    names = [sorted({c for c,_,_ in fs}) for fs in files]
-    if len(names[0]) != n_classes or names[0] != names[1]:
-        missing = sorted(set(cifar10_classes if n_classes==10 else cifar100_classes) - set(names[0]))
-        raise ValueError(f"path={str(root)!r} must hold a folder of images for each of {n_classes} classes, under train and under test; train has {len(names[0])}, test has {len(names[1])}; "
-                         f"missing in train: {', '.join(missing[:10]) or 'none'}; only in one of them: {', '.join(sorted(set(names[0])^set(names[1]))[:10]) or 'none'}")
-    items = [o for fs in files for o in sorted(fs)]
-    numbered = len({o[:2] for o in files[0]}) == len(files[0]) and all(n >= 0 for _,n,_ in files[0])
-    names_of = None if numbered else [f'{c}/{f.name}' for c,_,f in items]
-    return read_images([f for _,_,f in items], progress=progress),np.array([names[0].index(c) for c,_,_ in items]),len(files[0]),names[0],names_of
+def _read_folders(root, classes, progress):
+    "Data from `train/<class>` and `test/<class>`, training items first, each class in the order of its numbers"
+    files = [sorted((f.parent.name, ifnone(file_number(f), -1), f) for f in get_image_files(root/s))
+             for s in ('train','test')]
+    have,held = [sorted({c for c,_,_ in fs}) for fs in files]
+    if len(have) != len(classes) or have != held:
+        missing,odd = sorted(set(classes)-set(have)),sorted(set(have)^set(held))
+        raise ValueError(f"path={str(root)!r} must hold a folder of images for each of {len(classes)} classes, "
+                         f"under train and under test; train has {len(have)}, test has {len(held)}; "
+                         f"missing in train: {', '.join(missing[:10]) or 'none'}; "
+                         f"only in one of them: {', '.join(odd[:10]) or 'none'}")
+    distinct = len({o[:2] for o in files[0]}) == len(files[0])
+    numbered = distinct and all(n >= 0 for _,n,_ in files[0])
+    items = sum(files, [])
+    keys = None if numbered else [f'{c}/{f.name}' for c,_,f in items]
+    labels = np.array([have.index(c) for c,_,_ in items])
+    return read_images([f for _,_,f in items], progress=progress),labels,len(files[0]),have,keys
 
-def _read_cifar(name, path, download, progress):
-    import torchvision.datasets as tvd
-    cls,found = getattr(tvd, _cifar[name][0]),_find_cifar(name, path)
-    if found[1] == 'folders': return _read_folders(found[0], _cifar[name][2], progress)
-    fetch,root = ifnone(download, path is None),Path(ifnone(path, fastai_path('data'))) if found[1] is None else found[0]
+def _read_batches(name, path, found, download):
+    "Data from torchvision's python batches"
+    cls,folder,_ = _cifar[name]
+    looked,root = (found[0],Path(ifnone(path, fastai_path('data')))) if found[1] is None else ([found[0]],found[0])
+    fetch = ifnone(download, path is None)
     try: train,test = _from_torchvision(cls, root, fetch)
     except (RuntimeError, OSError) as e:
-        raise _not_found(name, found[0] if found[1] is None else [root], f"train/<class>/ and test/<class>/ with images, or torchvision's {_cifar[name][1]}", e if fetch else None) from None
-    return torch.from_numpy(np.concatenate([train.data, test.data])),np.array(train.targets+test.targets),len(train.targets),train.classes,None
+        wanted = f"train/<class>/ and test/<class>/ with images, or torchvision's {folder}"
+        raise _not_found(name, looked, wanted, fetch, e) from None
+    images,labels = np.concatenate([train.data, test.data]),np.array(train.targets+test.targets)
+    return images,labels,len(train.targets),train.classes,None
 
-def _cifar_dls(name, stats, path, noise, seed, bs, valid='test', augment=None, subset=None, normalize=False, download=None, progress=True, **kwargs):
-    recipe = make_noise(noise)
-    augmentation(augment)
-    images,labels,n_train,vocab,keys = _read_cifar(name, path, download, progress)
-    place = pd.Series(labels[:n_train]).groupby(labels[:n_train]).cumcount()
-    if keys is None: keys = [f'{vocab[c]}/{i}' for c,i in zip(labels[:n_train], place)] + list(range(n_train, len(labels)))
-    return _paper_dls(images, labels, n_train, vocab, recipe, seed, bs, valid, subset, augment, normalize, stats, keys=keys, **kwargs)
+def _cifar_dls(name, stats, path, noise, seed, bs, download=None, progress=True, **kwargs):
+    def read():
+        found = _find_cifar(name, path)
+        if found[1] == 'folders': data = _read_folders(found[0], _cifar[name][2], progress)
+        else: data = _read_batches(name, path, found, download)
+        images,labels,n_train,vocab,keys = data
+        place = pd.Series(labels[:n_train]).groupby(labels[:n_train]).cumcount()
+        numbered = [f'{vocab[c]}/{i}' for c,i in zip(labels[:n_train], place)] + list(range(n_train, len(labels)))
+        return images,labels,n_train,vocab,ifnone(keys, numbered)
+    return _paper_dls(read, stats, noise, seed, bs, **kwargs)
 
-# %% ../../nbs/lab/01_datasets.ipynb #b79ccf72
+# %% ../../nbs/lab/01_datasets.ipynb #c5e644e8
 def cifar10_dls(
-    path=None, # Folder with `train/<class>/` and `test/<class>/`, or with torchvision's `cifar-10-batches-py`; `None` for fastai's data folder
-    noise=None, # Recipe that corrupts the training labels, or its name, such as `symmetric:0.2`
+    path=None, # Folder with `train/<class>/`, `test/<class>/` or `cifar-10-batches-py`; `None` for fastai's data folder
+    noise=None, # Noise model that corrupts the training labels, or its name, such as `symmetric:0.2`
     seed:int=0, # Seed of the corruption
     bs:int=128, # Items per batch
     valid='test', # `test`: the test set, as in the papers; or the share of the training items to hold out, in (0, 1)
@@ -176,14 +190,15 @@ def cifar10_dls(
     **kwargs # To `InMemoryDataLoaders.from_arrays`
 )->DataLoaders: # Training and validation set, and `dls[2]` for `test` where there is one
     "CIFAR-10: 50,000 training and 10,000 test images of 32×32 pixels in 10 classes"
-    return _cifar_dls('cifar10', cifar_stats, path, noise, seed, bs, valid, augment, subset, normalize, download, progress, **kwargs)
+    return _cifar_dls('cifar10', cifar_stats, path, noise, seed, bs, download, progress, valid=valid, augment=augment,
+                      subset=subset, normalize=normalize, **kwargs)
 
 cifar100_stats = ([0.507,0.487,0.441], [0.267,0.256,0.276])
 
 @delegates(cifar10_dls)
 def cifar100_dls(
-    path=None, # Folder with `train/` and `test/`, which hold `<class>/` or `<superclass>/<class>/`, or with torchvision's `cifar-100-python`; `None` for fastai's data folder
-    noise=None, # Recipe that corrupts the training labels, or its name, such as `asymmetric:0.4`
+    path=None, # Folder with `train/`, `test/`, which hold `<class>/` or `<superclass>/<class>/`, or `cifar-100-python`
+    noise=None, # Noise model that corrupts the training labels, or its name, such as `asymmetric:0.4`
     seed:int=0, # Seed of the corruption
     bs:int=128, # Items per batch
     **kwargs
@@ -191,7 +206,7 @@ def cifar100_dls(
     "CIFAR-100: 50,000 training and 10,000 test images of 32×32 pixels in 100 classes"
     return _cifar_dls('cifar100', cifar100_stats, path, noise, seed, bs, **kwargs)
 
-# %% ../../nbs/lab/01_datasets.ipynb #597d33ef
+# %% ../../nbs/lab/01_datasets.ipynb #e279cbcc
 def jocor_mlp(
     n_out:int=10, # Number of classes
     n_in:int=784, # Number of pixels
@@ -207,5 +222,7 @@ def jocor_cnn(
     n_in:int=3 # Number of channels
 )->nn.Module: # (N, n_in, H, W) → (N, n_out), for H and W of at least 16
     "The papers' 7-layer network: six 3×3 convolutions and a linear layer"
-    return nn.Sequential(*_conv(n_in,64), *_conv(64,64), nn.MaxPool2d(2), *_conv(64,128), *_conv(128,128), nn.MaxPool2d(2),
-                         *_conv(128,196), *_conv(196,16), nn.AdaptiveMaxPool2d(4), nn.Flatten(), nn.Linear(256, n_out))
+    return nn.Sequential(*_conv(n_in,64), *_conv(64,64), nn.MaxPool2d(2),
+                         *_conv(64,128), *_conv(128,128), nn.MaxPool2d(2),
+                         *_conv(128,196), *_conv(196,16), nn.AdaptiveMaxPool2d(4),
+                         nn.Flatten(), nn.Linear(256, n_out))

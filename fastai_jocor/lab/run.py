@@ -110,7 +110,7 @@ def run_learner(
     path=None # Folder of the data set; `None` for its default
 )->Learner: # With the data, the noise and the loss of the run, not trained yet
     "Make the data, the network and the learner of a run; convolutions are channels-last on a CPU and in bfloat16"
-    noise = cfg.recipe()
+    noise = cfg.noise_model()
     set_seed(cfg.seed)
     if cfg.dataset == 'digits': dls = digits_dls(noise, cfg.seed, cfg.bs)
     else:
