@@ -18,7 +18,8 @@ def frame_block(noise=Symmetric(.5), seed=3):
                      splitter=IndexSplitter(range(200,240)))
 
 def item_block(noise, get_y, held_out=(0,), **kwargs):
-    return DataBlock((TransformBlock, NoisyCategoryBlock(noise, **kwargs)), get_y=get_y, splitter=IndexSplitter(held_out))
+    labels = NoisyCategoryBlock(noise, **kwargs)
+    return DataBlock((TransformBlock, labels), get_y=get_y, splitter=IndexSplitter(held_out))
 
 def pair_block(noise, seed=0, held_out=(0,)):
     return DataBlock((TransformBlock, NoisyCategoryBlock(noise, seed)), get_x=lambda o: o[0], get_y=lambda o: o[1],
@@ -100,8 +101,9 @@ OTHERS = (Symmetric(.5), InstanceDependent(.5, get_x=by_row), PairFlip(.3, exact
 def drawn(): return [frame_block(o).datasets(frame()).noise.noisy.tolist() for o in OTHERS]
 
 def test_in_another_process_the_same_labels():
-    code = f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_blocks; print(test_blocks.drawn())'
-    out = subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True)
+    code = 'import sys; sys.path.insert(0, sys.argv[1]); import test_blocks; print(test_blocks.drawn())'
+    line = [sys.executable,'-W','ignore','-c',code,str(Path(__file__).parent)]
+    out = subprocess.run(line, capture_output=True, text=True)
     assert out.stdout.strip() == str(drawn()), out.stderr
 
 def test_integer_names_missing_labels_and_moved_pairs(tmp_path):

@@ -33,7 +33,9 @@ def test_cifar100_folders_with_superclasses(tmp_path):
     assert (official.noisy == official.true//5*5 + (official.true+1)%5).all()
     assert sum(parents[a]==parents[b] for a,b in both(official)) == 6
 
-@pytest.mark.parametrize('f,name,vocab', ((cifar10_dls,'cifar10',cifar10_classes), (cifar100_dls,'cifar100',cifar100_classes)))
+CIFARS = ((cifar10_dls,'cifar10',cifar10_classes), (cifar100_dls,'cifar100',cifar100_classes))
+
+@pytest.mark.parametrize('f,name,vocab', CIFARS, ids=('cifar10','cifar100'))
 def test_torchvision_batches(tmp_path, any_md5, f, name, vocab):
     rs,c = np.random.RandomState(1),len(vocab)
     images,labels = rs.randint(0, 256, (1200,32,32,3), dtype=np.uint8),np.tile(rs.permutation(c), 1200//c)

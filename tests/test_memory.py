@@ -2,9 +2,9 @@
 import os, subprocess, sys, numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, strategies as st
 from PIL import Image
-from fastai.vision.all import (CategoryBlock, ClassificationInterpretation, DataBlock, DataLoaders, FlipItem, ImageBlock,
-    IndexSplitter, Learner, MultiCategoryBlock, Path, RandomSplitter, RegressionBlock, Resize, TfmdDL, TransformBlock,
-    accuracy, first, get_image_files, load_learner, parent_label, warnings)
+from fastai.vision.all import (CategoryBlock, ClassificationInterpretation, DataBlock, DataLoaders, FlipItem,
+    ImageBlock, IndexSplitter, Learner, MultiCategoryBlock, Path, RandomSplitter, RegressionBlock, Resize, TfmdDL,
+    TransformBlock, accuracy, first, get_image_files, load_learner, parent_label, warnings)
 from fastai_jocor.instance import InstanceDependent
 from fastai_jocor.lab.store import *
 from fastai_jocor.lab.data import *
@@ -44,16 +44,17 @@ def test_new_loaders_keep_or_leave_the_store(c10):
     assert type(dls.train.new(dls.valid_ds.new_empty())) is TfmdDL
     assert sum(len(b[0]) for b in dls.train.new(n=8, drop_last=False)) == 8
     chosen = dls.train.new(get_idxs=lambda: [5,2,7], drop_last=False).one_batch()[1]
-    assert chosen.tolist() == dls.train.targets[[5,2,7]].tolist()
+    assert chosen.tolist() == dls.train.labels[[5,2,7]].tolist()
 
 @pytest.mark.parametrize('of_block', (False,True))
 def test_relabelled(c10, of_block):
-    dls = from_dls(folder_block().dataloaders(c10, bs=16, num_workers=0)) if of_block else cifar10_dls(c10, progress=False)
+    def block(): return from_dls(folder_block().dataloaders(c10, bs=16, num_workers=0))
+    dls = block() if of_block else cifar10_dls(c10, progress=False)
     train,labels,left = dls.train,np.arange(60)%10,np.arange(1, 60, 2)
     ds = dls.valid_ds if of_block else None
     new = train.relabelled(labels, left, 'a record', ds)
-    assert isinstance(new, MemoryDL) and new.targets.tolist() == labels[left].tolist()
-    assert new.store.images is train.store.images and train.targets.tolist() == [i//6 for i in range(60)]
+    assert isinstance(new, MemoryDL) and new.labels.tolist() == labels[left].tolist()
+    assert new.store.images is train.store.images and train.labels.tolist() == [i//6 for i in range(60)]
     if of_block: assert new.dataset is ds
     else: assert [int(y) for _,y in new.dataset] == labels[left].tolist() and new.noise == 'a record'
     order = new.new(shuffle=False, drop_last=False, bs=30).one_batch()
@@ -142,9 +143,11 @@ def test_from_dls_of_many_kinds(c10):
     files = get_image_files(c10/'train').sorted()
     def block(target, get_y): return DataBlock((ImageBlock, target), get_items=lambda _: files, get_y=get_y)
     rows = pd.DataFrame(dict(f=[str(f) for f in files], y=[f.parent.name for f in files]))
-    frame = DataBlock((ImageBlock, CategoryBlock), get_x=lambda r: r.f, get_y=lambda r: r.y, splitter=RandomSplitter(seed=0))
-    for b,src in ((block(MultiCategoryBlock, lambda f: [parent_label(f), f.stem]), c10), (frame, rows),
-                  (block(RegressionBlock, lambda f: float(f.stem)), c10), (block(TransformBlock, lambda f: int(f.stem)%2), c10)):
+    frame = DataBlock((ImageBlock, CategoryBlock), get_x=lambda r: r.f, get_y=lambda r: r.y,
+                      splitter=RandomSplitter(seed=0))
+    many = block(MultiCategoryBlock, lambda f: [parent_label(f), f.stem])
+    number,plain = block(RegressionBlock, lambda f: float(f.stem)),block(TransformBlock, lambda f: int(f.stem)%2)
+    for b,src in ((many,c10), (frame,rows), (number,c10), (plain,c10)):
         slow = b.dataloaders(src, bs=8, num_workers=0, device='cpu')
         for p,q in zip(first(slow.valid), first(from_dls(slow).valid)): torch.testing.assert_close(p, q)
 
@@ -185,7 +188,8 @@ def test_masks_names_and_overlaps():
     X,y,mask = np.zeros((40,8,8), np.uint8),np.arange(40)%4,np.arange(40) >= 30
     a = from_arrays(X, y, valid=mask, noise='symmetric:0.5', bs=8)
     b = from_arrays(X, np.array(list('abcd'))[y], valid=range(30,40), train=~mask, noise='symmetric:0.5', bs=8)
-    assert a.valid.pos.tolist() == b.valid.pos.tolist() == list(range(30,40)) and b.train.pos.tolist() == list(range(30))
+    assert a.valid.pos.tolist() == b.valid.pos.tolist() == list(range(30,40))
+    assert b.train.pos.tolist() == list(range(30))
     assert b.vocab == ['a','b','c','d'] and (a.noise.noisy == b.noise.noisy).all() and a.noise.flipped.any()
     with pytest.raises(ValueError, match='test holds 5 of the training items'):
         from_arrays(X, y, train=range(20), valid=range(20,30), test=range(15,40))
@@ -218,7 +222,8 @@ def test_unequal_sizes_are_named(tmp_path):
     error = r'cat.0002.png has shape \(20, 20, 3\), most have \(32, 32, 3\); 1 of 90'
     with pytest.raises(ValueError, match=error): cifar10_dls(root, progress=False)
     with pytest.raises(ValueError, match=error): from_dls(folder_block().dataloaders(root, num_workers=0))
-    with pytest.raises(ValueError, match='images must be of one size'): folder_block(InstanceDependent(.9)).datasets(root)
+    with pytest.raises(ValueError, match='images must be of one size'):
+        folder_block(InstanceDependent(.9)).datasets(root)
 
 def test_a_validation_set_of_another_size(tmp_path):
     rs = np.random.RandomState(0)
@@ -243,7 +248,8 @@ def test_what_is_no_image_and_bad_targets(c10):
     no_image = DataBlock((CategoryBlock, CategoryBlock), get_x=lambda o: o%3, get_y=lambda o: o%2)
     with pytest.raises(ValueError, match='images'): from_dls(no_image.dataloaders(range(60), bs=4, num_workers=0))
     files = get_image_files(c10/'train').sorted()
-    uneven = DataBlock((ImageBlock, TransformBlock), get_items=lambda _: files, get_y=lambda f: torch.zeros(1+int(f.stem)%2))
+    uneven = DataBlock((ImageBlock, TransformBlock), get_items=lambda _: files,
+                       get_y=lambda f: torch.zeros(1+int(f.stem)%2))
     with pytest.raises(ValueError, match='targets must be of one shape'):
         from_dls(uneven.dataloaders(c10, bs=1, num_workers=0))
     with pytest.raises(ValueError, match='of 3 channels'):

@@ -66,7 +66,7 @@ class ImageStore:
         new[pos] = torch.as_tensor(targets, dtype=new.dtype, device=new.device)
         return ImageStore(self.images, new, self.types)
 
-# %% ../../nbs/lab/00_store.ipynb #882ffbe3
+# %% ../../nbs/lab/00_store.ipynb #c6e1bf1c
 class MemoryDL(TfmdDL):
     "A `TfmdDL` whose batches are gathered from an `ImageStore`; for any other data set it makes an ordinary `TfmdDL`"
     def __init__(self,
@@ -83,9 +83,9 @@ class MemoryDL(TfmdDL):
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=0, **kwargs)
 
     @property
-    def targets(self):
-        "Targets of the items, in the order of the data set"
-        return self.store.targets[self.pos]
+    def labels(self):
+        "Class index of each item, shape (n,), int64"
+        return self.store.targets[self.pos].cpu().numpy().astype(np.int64)
 
     def get_idxs(self):
         if not self.shuffle: return list(range(self.n))
@@ -104,11 +104,6 @@ class MemoryDL(TfmdDL):
     def to(self, device):
         super().to(device)
         self.store.to(device)
-
-    @property
-    def labels(self):
-        "Class index of each item, shape (n,), int64"
-        return self.store.targets[self.pos].cpu().numpy().astype(np.int64)
 
     def relabelled(self,
         labels, # A label for each item of this loader, class indices, shape (n,)
