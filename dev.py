@@ -34,7 +34,9 @@ def stamp():
 
 def has_pip():
     "Whether .venv is whole: not interrupted while it was made, nor left behind by another Python"
-    return PYTHON.exists() and subprocess.call([str(PYTHON), '-m', 'pip', '--version'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0
+    if not PYTHON.exists(): return False
+    silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.call([str(PYTHON), '-m', 'pip', '--version'], **silent) == 0
 
 def setup():
     "Make .venv and install the project, unless that was done for this very configuration"
@@ -52,8 +54,10 @@ def test(args): call(PYTHON, '-m', 'pytest', *args)
 def docs(args): call(PYTHON, ROOT/'tools'/'docs.py', *args)
 
 def kaggle(args):
-    print('With the kaggle command (pip install kaggle) and a token of yours; for an account of your own,\nchange fastai-jocor in the ids of kernel-metadata.json to your name:\n')
-    for p in sorted((ROOT/'kaggle').glob('*/kernel-metadata.json')): print(f'kaggle kernels push -p {p.parent.relative_to(ROOT).as_posix()}')
+    print('With the kaggle command (pip install kaggle) and a token of yours; for an account of your own,\n'
+          'change fastai-jocor in the ids of kernel-metadata.json to your name:\n')
+    for p in sorted((ROOT/'kaggle').glob('*/kernel-metadata.json')):
+        print(f'kaggle kernels push -p {p.parent.relative_to(ROOT).as_posix()}')
 
 def main(verb='help', *args):
     verbs = dict(demo=demo, test=test, docs=docs, kaggle=kaggle)

@@ -10,7 +10,8 @@ def circles(svg=IMAGES/'logo.svg'):
     "The circles of the logo as numbers and colours"
     for c in ElementTree.parse(svg).iter('{http://www.w3.org/2000/svg}circle'):
         a = c.attrib
-        yield dict(xy=(float(a['cx']), float(a['cy'])), r=float(a['r']), fill=a['fill'], stroke=a.get('stroke', 'none'), width=float(a.get('stroke-width', 0)))
+        yield dict(xy=(float(a['cx']), float(a['cy'])), r=float(a['r']), fill=a['fill'],
+                   stroke=a.get('stroke', 'none'), width=float(a.get('stroke-width', 0)))
 
 def draw(out=IMAGES/'card.png'):
     import matplotlib
@@ -22,11 +23,15 @@ def draw(out=IMAGES/'card.png'):
     ax.axis('off')
     scale,left,top = 5.2,50,150
     for c in circles():
-        ax.add_patch(plt.Circle((left+scale*c['xy'][0], top+scale*c['xy'][1]), scale*c['r'], fc=c['fill'], ec=c['stroke'], lw=scale*c['width']*72/100))
+        x,y = c['xy']
+        colours = dict(fc=c['fill'], ec=c['stroke'], lw=scale*c['width']*72/100)
+        ax.add_patch(plt.Circle((left+scale*x, top+scale*y), scale*c['r'], **colours))
     text = dict(color='white', va='center', fontfamily='DejaVu Sans')
     ax.text(440, 205, 'fastai_jocor', fontsize=56, fontweight='bold', **text)
-    ax.text(440, 310, 'Train several networks together\non noisy labels, in one line of fastai', fontsize=24, linespacing=1.5, **text)
-    ax.text(440, 435, 'learn.fit_one_cycle(n, cbs=JoCorCallback(k=3))', fontsize=18, **{**text, 'fontfamily': 'DejaVu Sans Mono', 'color': '#ffc27d'})
+    claim = 'Train several networks together\non noisy labels, in one line of fastai'
+    ax.text(440, 310, claim, fontsize=24, linespacing=1.5, **text)
+    code = text | dict(fontfamily='DejaVu Sans Mono', color='#ffc27d')
+    ax.text(440, 435, 'learn.fit_one_cycle(n, cbs=JoCorCallback(k=3))', fontsize=18, **code)
     fig.savefig(out, dpi=100, facecolor=fig.get_facecolor(), metadata=dict(Software=None))
     plt.close(fig)
 

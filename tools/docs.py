@@ -11,13 +11,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/'nbs'
 
-def notebooks(): return sorted(p for p in NBS.rglob('*.ipynb') if not any(o.startswith(('.','_')) for o in p.relative_to(NBS).parts))
+def notebooks():
+    hidden = lambda p: any(o.startswith(('.','_')) for o in p.relative_to(NBS).parts)
+    return sorted(p for p in NBS.rglob('*.ipynb') if not hidden(p))
 def cells(p): return json.loads(p.read_text(encoding='utf-8'))['cells']
 def source(c): return ''.join(c['source'])
 
 def modules(folder=ROOT/'fastai_jocor'):
     "Names of the modules of a folder, in the order of their notebooks"
-    found = {p.stem: re.search(r'nbs/(?:lab/)?(\d+[a-z]?)_\w+\.ipynb', p.read_text(encoding='utf-8')) for p in Path(folder).glob('*.py')}
+    number = re.compile(r'nbs/(?:lab/)?(\d+[a-z]?)_\w+\.ipynb')
+    found = {p.stem: number.search(p.read_text(encoding='utf-8')) for p in Path(folder).glob('*.py')}
     return sorted((n for n,m in found.items() if m), key=lambda n: found[n][1])
 
 def run_notebooks():
@@ -25,7 +28,8 @@ def run_notebooks():
     import subprocess
     for p in notebooks():
         print(p.relative_to(ROOT), flush=True)
-        code = f"import sys; from nbdev.test import test_nb; sys.exit(not test_nb({str(p)!r}, skip_flags=['slow','cuda'], save=True)[0])"
+        code = ('import sys; from nbdev.test import test_nb; '
+                f"sys.exit(not test_nb({str(p)!r}, skip_flags=['slow','cuda'], save=True)[0])")
         subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True, cwd=p.parent)
     from nbdev.clean import nbdev_clean
     nbdev_clean(str(NBS))
@@ -41,7 +45,8 @@ def readme():
     for c in nb.cells:
         if c.cell_type == 'markdown': parts.append(c.source)
         else:
-            if not c.metadata.get('hide_source'): parts.append('```python\n' + re.sub(r'(?m)^#\|.*\n', '', c.source) + '\n```')
+            code = re.sub(r'(?m)^#\|.*\n', '', c.source)
+            if not c.metadata.get('hide_source'): parts.append(f'```python\n{code}\n```')
             parts += [_output(o) for o in c.outputs]
     text = '\n\n'.join(p.strip('\n') for p in parts if p.strip()) + '\n'
     return re.sub(r'\]\((images/|[\w/]+\.ipynb[)#])', r'](nbs/\1', text)
@@ -56,7 +61,8 @@ def problems():
     for p in notebooks():
         name,cs = p.relative_to(ROOT).as_posix(),cells(p)
         first = source(cs[0])
-        if not re.match(r'# .+\n+> .+', first): yield f'{name}: the first cell must be a title and a line under it that starts with >'
+        if not re.match(r'# .+\n+> .+', first):
+            yield f'{name}: the first cell must be a title and a line under it that starts with >'
         code = [c for c in cs if c['cell_type'] == 'code' and not re.search(r'#\| *(hide|default_exp)', source(c))]
         if not any(c.get('outputs') for c in code): yield f'{name}: no saved output at all'
         for c in cs:
@@ -64,21 +70,25 @@ def problems():
                 if o['output_type'] == 'error': yield f"{name}: a saved error: {o['ename']}"
             if c['cell_type'] != 'markdown': continue
             for link in re.findall(r'\]\(([^)#\s]+)[^)]*\)', source(c)):
-                if not re.match(r'https?:|mailto:', link) and not (p.parent/link).exists(): yield f'{name}: link to {link} leads nowhere'
+                outside = re.match(r'https?:|mailto:', link)
+                if not outside and not (p.parent/link).exists(): yield f'{name}: link to {link} leads nowhere'
             for alt in re.findall(r'!\[([^\]]*)\]', source(c)):
                 if not alt: yield f'{name}: a picture without alternative text'
     listed = set(re.findall(r'- (\S+\.ipynb)', (NBS/'sidebar.yml').read_text(encoding='utf-8')))
     for p in notebooks():
-        if p.relative_to(NBS).as_posix() not in listed: yield f'nbs/sidebar.yml: {p.relative_to(NBS).as_posix()} is missing'
+        name = p.relative_to(NBS).as_posix()
+        if name not in listed: yield f'nbs/sidebar.yml: {name} is missing'
 
 def main(*args):
     import front
     if not front.is_drawn() and '--check' not in args: front.draw()
     if '--run' in args: run_notebooks()
     found,text = list(problems()),readme()
-    if not front.is_drawn(): found.append('nbs/images/mnist.png does not show the runs that are there: run python3 dev.py docs')
+    if not front.is_drawn():
+        found.append('nbs/images/mnist.png does not show the runs that are there: run python3 dev.py docs')
     if '--check' in args:
-        if (ROOT/'README.md').read_text(encoding='utf-8') != text: found.append('README.md is not what nbs/index.ipynb gives: run python3 dev.py docs')
+        if (ROOT/'README.md').read_text(encoding='utf-8') != text:
+            found.append('README.md is not what nbs/index.ipynb gives: run python3 dev.py docs')
     else: (ROOT/'README.md').write_text(text, encoding='utf-8', newline='\n')
     if '--site' in args:
         import website

@@ -23,7 +23,8 @@ def pyproject(s):
     nbdev = {**{k: s[k] for k in NBDEV_TEXT}, **{k: s.getboolean(k) for k in NBDEV_BOOL},
              'tst_flags': s['tst_flags'].split(), 'strip_libs': s['strip_libs'].split()}
     classifiers = [s['status'], f"Intended Audience :: {s['audience']}", 'Programming Language :: Python :: 3',
-                   'Programming Language :: Python :: 3 :: Only', 'Topic :: Scientific/Engineering :: Artificial Intelligence']
+                   'Programming Language :: Python :: 3 :: Only',
+                   'Topic :: Scientific/Engineering :: Artificial Intelligence']
     return f'''# Written by tools/sync_settings.py from settings.ini: edit that file instead.
 [build-system]
 requires = ["setuptools>=77"]

@@ -1,10 +1,11 @@
 """Build the site as readers will see it and check it, where Quarto is not at hand: python tools/docs.py --site
 
-The notebooks go through nbdev as they do for Quarto, and smalldocs renders the pages from the same _quarto.yml. Pages are
-then read for links, anchors, titles, results and alternative text, and opened in Chromium, where there is one, at the
-width of a phone and of a desk, in light and in dark. The published site is built by Quarto (`nbdev-docs`).
+The notebooks go through nbdev as they do for Quarto, and smalldocs renders the pages from the same _quarto.yml. Pages
+are then read for links, anchors, titles, results and alternative text, and opened in Chromium, where there is one, at
+the width of a phone and of a desk, in light and in dark. The published site is built by Quarto (`nbdev-docs`).
 """
-import base64, contextlib, functools, http.server, json, os, re, shutil, subprocess, sys, tempfile, threading, urllib.parse
+import base64, contextlib, functools, http.server, json, os, re, shutil
+import subprocess, sys, tempfile, threading, urllib.parse
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,15 +13,18 @@ ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT/'_docs'
 WIDTHS = (390, 1280)
 # Settings that only Quarto reads
-OF_QUARTO = re.compile('format-links|format commonmark is not built|output-file is not read|code-block|highlight-style|code-overflow|format.html.(grid|keep-md)')
+OF_QUARTO = re.compile('format-links|format commonmark is not built|output-file is not read|code-block|highlight-style|'
+                       'code-overflow|format.html.(grid|keep-md)')
 
 # --- build
 
 def process():
     "Run nbdev's own processing of the notebooks, afresh, and return its folder"
     shutil.rmtree(ROOT/'_proc', ignore_errors=True)
-    code = 'from nbdev.quarto import refresh_quarto_yml; from nbdev.serve import proc_nbs; refresh_quarto_yml(); proc_nbs(n_workers=0, force=True)'
-    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'MPLBACKEND': 'agg'})
+    code = ('from nbdev.quarto import refresh_quarto_yml; from nbdev.serve import proc_nbs; '
+            'refresh_quarto_yml(); proc_nbs(n_workers=0, force=True)')
+    kwargs = dict(cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'MPLBACKEND': 'agg'})
+    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], **kwargs)
     if p.returncode: raise RuntimeError(f'nbdev cannot process the notebooks:\n{p.stderr[-2000:]}')
     return ROOT/'_proc'
 
@@ -41,9 +45,9 @@ def stage(proc, to):
     for old,new in names.items(): (to/old).rename(to/new)
     pat = re.compile('|'.join(rf'(?<![\w/]){re.escape(o)}' for o in names) or '$^')
     for p in [*to.rglob('*.ipynb'), to/'sidebar.yml', to/'_quarto.yml']:
-        text = p.read_text(encoding='utf-8')
+        text,folder = p.read_text(encoding='utf-8'),p.parent.relative_to(to)
         if p.suffix == '.yml': text = pat.sub(lambda m: names[m[0]], text)
-        else: text = re.sub(r'\]\(([^):\s]+\.ipynb)', lambda m: f']({final_link(m[1], p.parent.relative_to(to), names)}', text)
+        else: text = re.sub(r'\]\(([^):\s]+\.ipynb)', lambda m: f']({final_link(m[1], folder, names)}', text)
         p.write_text(text, encoding='utf-8')
 
 def final_link(link, folder, names):
@@ -91,7 +95,9 @@ def problems(site=SITE, base=None):
     base = base or f"{_setting('doc_url')}"
     for name,page in every.items():
         if name == '404.html': continue
-        if not page.title.strip() or page.headings != 1: yield f'{name}: a page has one title, not {page.headings} (<title>{page.title.strip()}</title>)'
+        title = page.title.strip()
+        if not title or page.headings != 1:
+            yield f'{name}: a page has one title, not {page.headings} (<title>{title}</title>)'
         if not page.results: yield f'{name}: shows no result'
         for src,alt in page.images:
             if not alt: yield f'{name}: {src[:60]} has no alternative text'
@@ -110,14 +116,22 @@ def leads(link, name, every, site, base):
     if not (site/rel).is_file(): return False
     return not anchor or not rel.endswith('.html') or urllib.parse.unquote(anchor) in every[rel].ids
 
-def _setting(key): return re.search(rf'(?m)^{key} *= *(.*)$', (ROOT/'settings.ini').read_text(encoding='utf-8'))[1].strip()
+def _setting(key):
+    text = (ROOT/'settings.ini').read_text(encoding='utf-8')
+    return re.search(rf'(?m)^{key} *= *(.*)$', text)[1].strip()
 
 # --- look
 
-def chromium(): return next(filter(None, map(shutil.which, ('chromium','chromium-browser','google-chrome','chrome'))), None) if os.name == 'posix' else None
+def chromium():
+    "Where Chromium is, or `None`"
+    if os.name != 'posix': return None
+    names = 'chromium','chromium-browser','google-chrome','chrome'
+    return next(filter(None, map(shutil.which, names)), None)
 
-FLAGS = ['--headless','--no-sandbox','--disable-gpu','--disable-quic','--no-first-run','--disable-background-networking','--disable-component-update',
-         '--disable-sync','--hide-scrollbars','--remote-debugging-pipe']
+FLAGS = '''--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync --hide-scrollbars --remote-debugging-pipe'''.split()
+SIZE = '''new Promise(r => setTimeout(() => r([document.documentElement.scrollWidth,
+    document.documentElement.scrollHeight]), 150))'''
 
 class Chrome:
     "Chromium, spoken to through two pipes"
@@ -125,8 +139,10 @@ class Chrome:
         import fcntl
         (r1,w1),(r2,w2) = os.pipe(),os.pipe()
         ends = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in (r1,w2)]
-        self.proc = subprocess.Popen([exe, *FLAGS, f'--user-data-dir={profile}', 'about:blank'], close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                     preexec_fn=lambda: [os.dup2(fd, to) for fd,to in zip(ends, (3,4))])
+        command = [exe, *FLAGS, f'--user-data-dir={profile}', 'about:blank']
+        silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        to_pipes = lambda: [os.dup2(fd, to) for fd,to in zip(ends, (3,4))]
+        self.proc = subprocess.Popen(command, close_fds=False, preexec_fn=to_pipes, **silent)
         for fd in (r1,w2,*ends): os.close(fd)
         self.w,self.r,self.n,self.events,self.session = os.fdopen(w1,'wb',0),os.fdopen(r2,'rb'),0,[],None
 
@@ -159,11 +175,12 @@ class Chrome:
     def visit(self, url, width, dark=False):
         "Load a page and return what went wrong, its height and how wide its content is"
         self.call('Emulation.setDeviceMetricsOverride', width=width, height=900, deviceScaleFactor=1, mobile=False)
-        self.call('Emulation.setEmulatedMedia', features=[dict(name='prefers-color-scheme', value='dark' if dark else 'light')])
+        scheme = dict(name='prefers-color-scheme', value='dark' if dark else 'light')
+        self.call('Emulation.setEmulatedMedia', features=[scheme])
         self.events.clear()
         self.call('Page.navigate', url=url)
         self.wait(lambda m: m.get('method') == 'Page.loadEventFired')
-        size = self.call('Runtime.evaluate', expression='new Promise(r => setTimeout(() => r([document.documentElement.scrollWidth, document.documentElement.scrollHeight]), 150))', awaitPromise=True, returnByValue=True)
+        size = self.call('Runtime.evaluate', expression=SIZE, awaitPromise=True, returnByValue=True)
         return [m for m in map(said, self.events) if m and not self.elsewhere(m, url)],*size['result']['value']
 
     def elsewhere(self, message, url):
@@ -172,7 +189,8 @@ class Chrome:
 
     def shot(self, out, width, height):
         clip = dict(x=0, y=0, width=width, height=min(height, 6000), scale=1)
-        out.write_bytes(base64.b64decode(self.call('Page.captureScreenshot', captureBeyondViewport=True, clip=clip)['data']))
+        picture = self.call('Page.captureScreenshot', captureBeyondViewport=True, clip=clip)['data']
+        out.write_bytes(base64.b64decode(picture))
 
     def close(self):
         with contextlib.suppress(Exception): self.session = None; self.call('Browser.close')
@@ -182,10 +200,13 @@ class Chrome:
 
 def said(event):
     "The text of a message on the console or of an error, or `None`"
-    p = event['params'] if 'params' in event else {}
-    if event['method'] == 'Runtime.exceptionThrown': return 'error: ' + (p['exceptionDetails'].get('exception') or {}).get('description', p['exceptionDetails']['text'])
-    if event['method'] == 'Runtime.consoleAPICalled': return f"{p['type']}: " + ' '.join(str(a.get('value', a.get('description'))) for a in p['args'])
-    if event['method'] == 'Log.entryAdded': return f"{p['entry']['level']}: {p['entry']['text']} {p['entry'].get('url','')}"
+    p,method = event.get('params', {}),event['method']
+    if method == 'Runtime.exceptionThrown':
+        details = p['exceptionDetails']
+        return 'error: ' + (details.get('exception') or {}).get('description', details['text'])
+    if method == 'Runtime.consoleAPICalled':
+        return f"{p['type']}: " + ' '.join(str(a.get('value', a.get('description'))) for a in p['args'])
+    if method == 'Log.entryAdded': return f"{p['entry']['level']}: {p['entry']['text']} {p['entry'].get('url','')}"
 
 @contextlib.contextmanager
 def served(folder):
@@ -197,7 +218,7 @@ def served(folder):
     finally: server.shutdown(); server.server_close()
 
 def look(site=SITE, shots=None, exe=None, only=None):
-    "Open each page in Chromium, at each width: what the console says, and whether the page fits; pictures go to `shots`"
+    "Open each page in Chromium at each width: what the console says, and whether the page fits; pictures go to `shots`"
     if shots: Path(shots).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as profile, served(site) as url:
         chrome = Chrome(exe or chromium(), profile)
@@ -208,14 +229,16 @@ def look(site=SITE, shots=None, exe=None, only=None):
                     messages,wide,high = chrome.visit(f'{url}/{name}', width, dark)
                     for m in messages: yield f'{name}: the console says {m[:200]}'
                     if wide > width: yield f'{name}: is {wide} pixels wide on a screen of {width}'
-                    if shots: chrome.shot(Path(shots)/f"{name[:-5].replace('/','_')}-{width}{'-dark' if dark else ''}.png", width, high)
+                    picture = f"{name[:-5].replace('/','_')}-{width}{'-dark' if dark else ''}.png"
+                    if shots: chrome.shot(Path(shots)/picture, width, high)
         finally: chrome.close()
 
 def main(shots=None):
     "Build and check; return the problems"
     try: import smalldocs
     except ImportError:
-        print("The site was not built: pip install 'smalldocs==0.5.4' (Python 3.11 or newer); Quarto and nbdev-docs build what is published")
+        print("The site was not built: pip install 'smalldocs==0.5.4' (Python 3.11 or newer); "
+              "Quarto and nbdev-docs build what is published")
         return ['no smalldocs']
     found = build() + list(problems())
     if chromium(): found += list(look(shots=shots))
