@@ -7,7 +7,7 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/callback.html.md"""
 # %% auto #0
 __all__ = ['refuse_others', 'look_at_data', 'MakePeers', 'UndoPeers', 'PeersCallback', 'JoCorCallback']
 
-# %% ../nbs/08_callback.ipynb #3b1b14f8
+# %% ../nbs/08_callback.ipynb #7665292a
 import torch, warnings
 from contextlib import nullcontext
 from numbers import Integral
@@ -16,7 +16,8 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from .losses import (check_choice, check_co_lambda, check_contrast, check_number, default_co_lambda,
                                  joint_loss, joint_loss_multi)
-from .selection import check_forget_rate, class_quantiles, forget_schedule, select_small, select_small_global
+from .selection import (check_forget_rate, class_quantiles, forget_schedule, select_small,
+                                    select_small_global)
 from .ledger import Ledger
 from .peers import check_k, check_seed, Peers
 from .learner import *
@@ -96,7 +97,7 @@ class UndoPeers(Part):
         learn.model,learn.splitter,learn.opt = self.owner.single
         self.owner.single = None
 
-# %% ../nbs/08_callback.ipynb #e749aac2
+# %% ../nbs/08_callback.ipynb #a2c88495
 class PeersCallback(FitState, Callback):
     "Base of the methods that train k peers on the small-loss items of each batch; a method defines `batch_loss`"
     order,run_valid = -9,False
@@ -104,14 +105,14 @@ class PeersCallback(FitState, Callback):
     several_labels = True # Whether the method can train on items with several labels
     def __init__(self,
         k:int=2, # Number of peers, at least 1
-        forget_rate=None, # Final share τ of each batch that is dropped, in [0, 1); `auto`: estimated from the first epochs; `None`: the known noise rate of `dls.noise`, or else `auto`
-        num_gradual:int=None, # Epochs over which the forget rate rises to τ; `None`: 10, or more on small data, at most half of the run (`default_num_gradual`)
+        forget_rate=None, # Final share τ of each batch to drop, in [0, 1), or `auto`; `None`: `dls.noise`'s, or `auto`
+        num_gradual:int=None, # Epochs over which R rises to τ; `None`: see `default_num_gradual`
         exponent:float=1., # Exponent c > 0: the rise ends at τ**c
         models=None, # A list of k models, or a factory called once a peer; `None`: from the learner's model
-        init:str=None, # Peers of one model: `all` layers draw new weights, or the `head` only; `None`: `head` for a pretrained or frozen model
+        init:str=None, # Which layers draw new weights: `all` or `head`; `None`: `head` if pretrained or frozen
         seed:int=None, # Seed of the peers' weights; `None` draws one from torch's random state
-        restart:bool=False, # Start the forget schedule over in every fit with this callback, instead of going on where the last one ended
-        select:str='global' # Where several processes train together: `global` keeps what one process would keep of the union of their batches, `local` selects in each
+        restart:bool=False, # Start the forget schedule over in every fit, instead of going on
+        select:str='global' # With several processes: select in the union of their batches, or `local`, in each
     ):
         check_k(k)
         if forget_rate is not None and forget_rate != 'auto': check_forget_rate(forget_rate)
@@ -123,33 +124,9 @@ class PeersCallback(FitState, Callback):
         self.forget_rate,self.num_gradual,self.exponent = forget_rate,num_gradual,exponent
         self.restart,self.select = restart,select
         self.small_loss,self.record = SmallLoss(self),Record(self)
-        self.parts = [QuickEvents(self), MakePeers(self), ForgetRate(self), BatchItems(self), NonFinite(self), self.small_loss,
-                      self.record, Estimate(self), UndoPeers(self)]
+        self.parts = [QuickEvents(self), MakePeers(self), ForgetRate(self), BatchItems(self), NonFinite(self),
+                      self.small_loss, self.record, Estimate(self), UndoPeers(self)]
         self.start_anew()
-
-    def batch_loss(self,
-        logits:Tensor, # Of the peers, shape (k, N, C)
-        targ:Tensor, # Given labels, shape (N,)
-        R:float # Share of the batch to drop
-    )->tuple: # The loss to train by; which items are kept: their places, or how often each is, shape (N,), float; loss per sample, shape (N,)
-        "The loss of a batch; `learn.selection` holds more about it, such as `log_probs`"
-        raise NotImplementedError
-
-    def keep_small(self,
-        losses:Tensor, # Loss per sample, shape (N,)
-        R:float, # Share of the batch to drop
-        by:Tensor=None # What is compared instead of the losses, shape (N,)
-    )->tuple: # What `batch_loss` gives
-        "Average the losses of the items that are small"
-        s = self.selection
-        if s.bad is not None: losses = losses.masked_fill(s.bad, torch.inf)
-        if by is None: by = losses
-        elif s.bad is not None: by = by.masked_fill(s.bad, torch.inf)
-        if not s.across:
-            kept = select_small(by, R)
-            return losses.index_select(0, kept).mean(), kept, losses
-        times,n = select_small_global(by, R)
-        return torch.where(times > 0, losses*times, 0.).sum()*s.world/n, times, losses
 
     @property
     def learn(self): return self._learn
@@ -172,33 +149,6 @@ class PeersCallback(FitState, Callback):
         self.selection = look_at_data(self)
         self.learn.selection = self.selection
 
-    def _start_over_where_needed(self):
-        if self.restart: self.estimate = None
-        elif self.done and not isinstance(self.model, Peers):
-            warnings.warn(f"this {type(self).__name__} has trained another model: forget schedule, ledger and estimate "
-                          "of the noise rate start over; for each learner, make a callback of its own")
-            self.forget()
-
-    def check_fit(self,
-        s:Selection # With what was found of the data
-    ):
-        "Refuse data that the method cannot train on"
-        if s.multi_label and not self.several_labels:
-            raise ValueError(f"targets of shape (N, {s.n_classes}) hold several labels an item, and {type(self).__name__} "
-                             "needs class indices: one integer per item; JoCorCallback trains on several labels")
-        if self.estimates and (s.multi_label or not len(self.source) or not s.tells):
-            raise ValueError(f"forget_rate={self.forget_rate!r} asks for an estimate of the noise rate, which needs one "
-                             "class an item and a fastai loader that tells which items it gives: pass forget_rate, your "
-                             "guess of the share of wrong labels, such as JoCorCallback(forget_rate=0.2)")
-
-    def check(self, pred, targs):
-        "Check the first batch of the fit, where none could be tried before"
-        s = self.selection
-        check_batch(s, self.learn.loss_func, pred, targs)
-        get_model(self.model).multi_label = self.source.multi_label = s.multi_label
-        self.source.n_classes = s.n_classes
-        self.check_fit(s)
-
     def after_fit(self): self.undo()
 
     def undo(self):
@@ -207,19 +157,80 @@ class PeersCallback(FitState, Callback):
         vars(self.learn).pop('selection', None)
         self.selection = Selection()
 
-# %% ../nbs/08_callback.ipynb #49e1e130
+# %% ../nbs/08_callback.ipynb #69ed9c92
+@patch
+def _start_over_where_needed(self:PeersCallback):
+    if self.restart: self.estimate = None
+    elif self.done and not isinstance(self.model, Peers):
+        warnings.warn(f"this {type(self).__name__} has trained another model: forget schedule, ledger and estimate "
+                      "of the noise rate start over; for each learner, make a callback of its own")
+        self.forget()
+
+# %% ../nbs/08_callback.ipynb #bb6ab321
+@patch
+def batch_loss(self:PeersCallback,
+    logits:Tensor, # Of the peers, shape (k, N, C)
+    targ:Tensor, # Given labels, shape (N,)
+    R:float # Share of the batch to drop
+)->tuple: # The loss to train by; the places of the kept items, or how often each is kept, (N,); losses, (N,)
+    "The loss of a batch; `learn.selection` holds more about it, such as `log_probs`"
+    raise NotImplementedError
+
+@patch
+def keep_small(self:PeersCallback,
+    losses:Tensor, # Loss per sample, shape (N,)
+    R:float, # Share of the batch to drop
+    by:Tensor=None # What is compared instead of the losses, shape (N,)
+)->tuple: # What `batch_loss` gives
+    "Average the losses of the items that are small"
+    s = self.selection
+    if s.bad is not None: losses = losses.masked_fill(s.bad, torch.inf)
+    if by is None: by = losses
+    elif s.bad is not None: by = by.masked_fill(s.bad, torch.inf)
+    if not s.across:
+        kept = select_small(by, R)
+        return losses.index_select(0, kept).mean(), kept, losses
+    times,n = select_small_global(by, R)
+    return torch.where(times > 0, losses*times, 0.).sum()*s.world/n, times, losses
+
+# %% ../nbs/08_callback.ipynb #431dc042
+@patch
+def check_fit(self:PeersCallback,
+    s:Selection # With what was found of the data
+):
+    "Refuse data that the method cannot train on"
+    if s.multi_label and not self.several_labels:
+        raise ValueError(f"targets of shape (N, {s.n_classes}) hold several labels an item, and "
+                         f"{type(self).__name__} needs class indices: one integer per item; JoCorCallback "
+                         "trains on several labels")
+    if self.estimates and (s.multi_label or not len(self.source) or not s.tells):
+        raise ValueError(f"forget_rate={self.forget_rate!r} asks for an estimate of the noise rate, which needs "
+                         "one class an item and a fastai loader that tells which items it gives: pass "
+                         "forget_rate, your guess of the share of wrong labels, such as "
+                         "JoCorCallback(forget_rate=0.2)")
+
+@patch
+def check(self:PeersCallback, pred, targs):
+    "Check the first batch of the fit, where none could be tried before"
+    s = self.selection
+    check_batch(s, self.learn.loss_func, pred, targs)
+    get_model(self.model).multi_label = self.source.multi_label = s.multi_label
+    self.source.n_classes = s.n_classes
+    self.check_fit(s)
+
+# %% ../nbs/08_callback.ipynb #07255077
 class JoCorCallback(PeersCallback):
-    "Train k peers by one joint loss on the items on which they agree with the label and with each other (JoCoR, Wei et al. 2020)"
+    "Train k peers by one joint loss, on the items on which it is small (JoCoR, Wei et al. 2020)"
     def __init__(self,
         k:int=2, # Number of peers, at least 1; 1 is small-loss training of a single network
-        co_lambda:float=default_co_lambda, # Weight λ of the contrast against the cross-entropy, in [0, 1]; the same meaning for any k and contrast; rather 0.2 to 0.5 for hard pictures in few epochs
-        forget_rate=None, # Final share τ of each batch that is dropped, in [0, 1); `auto`: estimated from the first epochs; `None`: the known noise rate of `dls.noise`, or else `auto`
+        co_lambda:float=default_co_lambda, # Weight λ of the contrast, in [0, 1]; less for hard pictures in few epochs
+        forget_rate=None, # Final share τ of each batch to drop, in [0, 1), or `auto`; `None`: `dls.noise`'s, or `auto`
         contrast:str='kl', # `kl`, `kl_circular`, `ce` or `ce_circular`
-        num_gradual:int=None, # Epochs over which the forget rate rises to τ; `None`: 10, or more on small data, at most half of the run (`default_num_gradual`)
+        num_gradual:int=None, # Epochs over which R rises to τ; `None`: see `default_num_gradual`
         exponent:float=1., # Exponent c > 0: the rise ends at τ**c
-        prune:str=None, # Do not compute what selection throws away: `exact` selects by a forward pass without gradients, `approx` by the losses of earlier epochs; `None` computes all
-        refresh:int=5, # Every how many epochs `prune='approx'` computes the losses of all items, at least 1
-        balance:float=0., # How far selection makes up for classes that have fallen behind, in [0, 1]: it compares losses less so much of `class_quantiles` of their label; 0 compares the losses themselves
+        prune:str=None, # `exact` or `approx`: do not compute what selection throws away; `None` computes all
+        refresh:int=5, # Epochs from one computation of all losses to the next with `prune='approx'`, at least 1
+        balance:float=0., # How far selection makes up for classes that have fallen behind, in [0, 1]
         **kwargs # `models`, `init`, `seed`, `restart`, `select`: see `PeersCallback`
     ):
         super().__init__(k, forget_rate, num_gradual, exponent, **kwargs)
@@ -254,8 +265,8 @@ class JoCorCallback(PeersCallback):
     def check_fit(self, s):
         super().check_fit(s)
         if self.balance and (s.multi_label or not s.tells):
-            raise ValueError(f"balance={self.balance!r} compares the losses of items with the same label, which needs one "
-                             "class an item and a fastai loader that tells which items it gives: pass balance=0")
+            raise ValueError(f"balance={self.balance!r} compares the losses of items with the same label, which needs "
+                             "one class an item and a fastai loader that tells which items it gives: pass balance=0")
         if self.prune and self.accumulates:
             raise ValueError(f"prune={self.prune!r} changes the number of items in a batch, which GradientAccumulation "
                              "counts: train without one of them")

@@ -31,7 +31,7 @@ def _as_groups(groups):
     groups = L(groups)
     return [L(g) for g in groups] if isinstance(groups[0], (list,L)) else [groups]
 
-# %% ../nbs/03b_learner.ipynb #ac39ea18
+# %% ../nbs/03b_learner.ipynb #c60d2827
 def _default_init(learn):
     "With a pretrained body, or one that is frozen, only the heads differ"
     return 'head' if getattr(learn, 'pretrained', False) or learn.opt.frozen_idx else 'all'
@@ -49,7 +49,7 @@ def _new_opt(learn, like):
 def to_peers(self:Learner,
     k:int=2, # Number of peers, at least 1
     models=None, # A list of k models, or a factory called once a peer; `None`: from the learner's model
-    init:str=None, # Peers of one model: `all` layers draw new weights, or the `head` only; `None`: `head` for a pretrained or frozen model
+    init:str=None, # Which layers draw new weights: `all` or `head`; `None`: `head` if pretrained or frozen
     seed:int=None # Seed of the peers' weights; `None` draws one from torch's random state
 )->Learner: # The learner
     "Turn the learner's model into peers and its optimizer into one over all of them, or leave both as they were"

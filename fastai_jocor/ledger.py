@@ -7,12 +7,13 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/ledger.html.md"""
 # %% auto #0
 __all__ = ['Ledger', 'seen_items', 'confident_joint', 'transition_of', 'NoiseEstimate', 'estimate_noise']
 
-# %% ../nbs/02_ledger.ipynb #2dcb3e10
+# %% ../nbs/02_ledger.ipynb #d91990fd
 import numpy as np, pandas as pd, torch
 from dataclasses import dataclass
+from fastcore.basics import patch
 from torch import Tensor
 
-# %% ../nbs/02_ledger.ipynb #bcd2fc37
+# %% ../nbs/02_ledger.ipynb #7374c310
 def _turns(idx):
     "Which time, from 0 on, each entry of `idx` occurs"
     s,order = idx.sort(stable=True)
@@ -33,58 +34,6 @@ class Ledger:
         for name in ('predicted_label','given_label'): getattr(self, name).fill_(-1)
         for name in ('last_loss','recent_loss'): getattr(self, name).fill_(torch.nan)
 
-    @torch.no_grad()
-    def update(self,
-        idx:Tensor, # Items in the order in which they were seen, shape (m,), in [0, n); an item may occur several times
-        loss:Tensor, # Loss of each, shape (m,); infinite where it is not finite, NaN where it was not computed
-        prob:Tensor, # Mean probability of the given label, shape (m,)
-        predicted_label:Tensor, # Label of the largest mean probability, shape (m,); -1 for none
-        as_given:Tensor, # Whether that is the given label, shape (m,), bool
-        agree:Tensor, # Whether all peers predict the same, shape (m,), bool
-        kept:Tensor, # How often each was kept, shape (m,), float
-        conf:Tensor, # Mean probability of the predicted label, shape (m,)
-        given_label:Tensor # Given label of each, shape (m,); -1 where it is not one class
-    ):
-        "Add what was seen of some items"
-        scored = ~loss.isnan()
-        self.seen.index_add_(0, idx, torch.ones_like(idx, dtype=torch.int32))
-        self.kept.index_add_(0, idx, kept.float())
-        idx,loss = idx[scored],loss[scored]
-        ok = loss.isfinite()
-        self.given_label[idx] = given_label[scored].int()
-        counts = dict(scored=ok, agreed=agree[scored] & ok, as_given=as_given[scored] & ok)
-        for name,o in counts.items(): getattr(self, name).index_add_(0, idx, o.int())
-        sums = dict(loss=loss, prob=prob[scored], conf=conf[scored])
-        for name,o in sums.items(): getattr(self, name).index_add_(0, idx, torch.where(ok, o, 0.).float())
-        self._in_turn(idx, loss, predicted_label[scored].int(), ok)
-
-    def _in_turn(self, *latest):
-        "Enter what depends on the order, so that an item that occurs several times does so one time after the other"
-        times = int(latest[0].bincount().max()) if len(latest[0]) else 0
-        if times == 1: return self._latest(*latest)
-        turn = _turns(latest[0])
-        for t in range(times): self._latest(*(o[turn==t] for o in latest))
-
-    def _latest(self, idx, loss, vote, ok):
-        "The last loss, its running mean, and the majority vote (Boyer and Moore, 1991), each item once"
-        self.last_loss[idx] = loss.float()
-        idx,loss,vote = idx[ok],loss[ok].float(),vote[ok]
-        before = self.recent_loss[idx]
-        self.recent_loss[idx] = torch.where(before.isnan(), loss, before.lerp(loss, self.weight))
-        old,lead = self.predicted_label[idx],self.lead[idx]
-        self.predicted_label[idx] = torch.where(lead == 0, vote, old)
-        self.lead[idx] = torch.where((lead == 0) | (vote == old), lead+1, lead-1)
-
-    def frame(self):
-        "The figures as a `DataFrame`, one row per item: sums as means over what was seen, NaN for items that never were"
-        f = {name: o.cpu().numpy() for name,o in self.state().items()}
-        as_they_are = {name: f[name] for name in ('last_loss','recent_loss','given_label','predicted_label')}
-        sums = dict(loss='loss', prob='prob', conf='conf', votes_given='as_given', agreement='agreed')
-        with np.errstate(invalid='ignore', divide='ignore'):
-            kept,stability = f['kept']/f['seen'],(1+f['lead']/f['scored'])/2
-            means = {name: f[o]/f['scored'] for name,o in sums.items()}
-        return pd.DataFrame(dict(seen=f['seen'], kept=kept, **as_they_are, stability=stability, **means)).rename_axis('item')
-
     def state(self):
         "All figures as a `dict` of tensors"
         return {name: getattr(self, name) for name in (*self._ints, *self._floats)}
@@ -94,7 +43,66 @@ class Ledger:
         for name,o in state.items(): setattr(self, name, o.to(self.device).clone())
         return self
 
-# %% ../nbs/02_ledger.ipynb #1eebeb79
+# %% ../nbs/02_ledger.ipynb #f6e4ad16
+@patch
+@torch.no_grad()
+def update(self:Ledger,
+    idx:Tensor, # Items in the order in which they were seen, shape (m,), in [0, n); an item may occur several times
+    loss:Tensor, # Loss of each, shape (m,); infinite where it is not finite, NaN where it was not computed
+    prob:Tensor, # Mean probability of the given label, shape (m,)
+    predicted_label:Tensor, # Label of the largest mean probability, shape (m,); -1 for none
+    as_given:Tensor, # Whether that is the given label, shape (m,), bool
+    agree:Tensor, # Whether all peers predict the same, shape (m,), bool
+    kept:Tensor, # How often each was kept, shape (m,), float
+    conf:Tensor, # Mean probability of the predicted label, shape (m,)
+    given_label:Tensor # Given label of each, shape (m,); -1 where it is not one class
+):
+    "Add what was seen of some items"
+    scored = ~loss.isnan()
+    self.seen.index_add_(0, idx, torch.ones_like(idx, dtype=torch.int32))
+    self.kept.index_add_(0, idx, kept.float())
+    idx,loss = idx[scored],loss[scored]
+    ok = loss.isfinite()
+    self.given_label[idx] = given_label[scored].int()
+    counts = dict(scored=ok, agreed=agree[scored] & ok, as_given=as_given[scored] & ok)
+    for name,o in counts.items(): getattr(self, name).index_add_(0, idx, o.int())
+    sums = dict(loss=loss, prob=prob[scored], conf=conf[scored])
+    for name,o in sums.items(): getattr(self, name).index_add_(0, idx, torch.where(ok, o, 0.).float())
+    self._in_turn(idx, loss, predicted_label[scored].int(), ok)
+
+@patch
+def _in_turn(self:Ledger, *latest):
+    "Enter what depends on the order, so that an item that occurs several times does so one time after the other"
+    times = int(latest[0].bincount().max()) if len(latest[0]) else 0
+    if times == 1: return self._latest(*latest)
+    turn = _turns(latest[0])
+    for t in range(times): self._latest(*(o[turn==t] for o in latest))
+
+@patch
+def _latest(self:Ledger, idx, loss, vote, ok):
+    "The last loss, its running mean, and the majority vote (Boyer and Moore, 1991), each item once"
+    self.last_loss[idx] = loss.float()
+    idx,loss,vote = idx[ok],loss[ok].float(),vote[ok]
+    before = self.recent_loss[idx]
+    self.recent_loss[idx] = torch.where(before.isnan(), loss, before.lerp(loss, self.weight))
+    old,lead = self.predicted_label[idx],self.lead[idx]
+    self.predicted_label[idx] = torch.where(lead == 0, vote, old)
+    self.lead[idx] = torch.where((lead == 0) | (vote == old), lead+1, lead-1)
+
+# %% ../nbs/02_ledger.ipynb #592d66a7
+@patch
+def frame(self:Ledger):
+    "The figures as a table, one row per item: means over what was seen, NaN for items that never were"
+    f = {name: o.cpu().numpy() for name,o in self.state().items()}
+    as_they_are = {name: f[name] for name in ('last_loss','recent_loss','given_label','predicted_label')}
+    sums = dict(loss='loss', prob='prob', conf='conf', votes_given='as_given', agreement='agreed')
+    with np.errstate(invalid='ignore', divide='ignore'):
+        kept,stability = f['kept']/f['seen'],(1+f['lead']/f['scored'])/2
+        means = {name: f[o]/f['scored'] for name,o in sums.items()}
+    figures = dict(seen=f['seen'], kept=kept, **as_they_are, stability=stability, **means)
+    return pd.DataFrame(figures).rename_axis('item')
+
+# %% ../nbs/02_ledger.ipynb #f19b3e15
 def seen_items(
     ledger # A `Ledger`, or its `frame()`
 )->pd.DataFrame: # The rows of items with one given label that were seen
@@ -125,26 +133,27 @@ def transition_of(
     n = joint.sum(1, keepdims=True)
     return np.where(n > 0, joint/np.where(n > 0, n, 1), np.eye(len(joint)))
 
+# %% ../nbs/02_ledger.ipynb #2aa46bec
 @dataclass
 class NoiseEstimate:
     "The share of wrong labels as the ledger of the first epochs tells it"
     rate:float # The share τ to train with, in [0, 1)
     joint:float # What the confident joint gives
     votes:float # What the votes give: those against the label, less those in doubt
-    doubt:float # Share of predictions in which the peers differed; of one network, in which it differed from its majority
+    doubt:float # Share of predictions in which the peers differed; one network: from its own majority
     trusted:bool # Whether few enough votes are in doubt
     def __str__(self):
         if self.trusted: return f"{self.rate:.1%} of the labels look wrong"
         how = f'with the smaller, {self.rate:.2f}' if self.rate else 'without dropping any item'
         return ("the noise rate cannot be told from what the peers have learned so far: sure votes give "
-                f"{self.joint:.2f}, all votes less the {self.doubt:.0%} in doubt {self.votes:.2f}, and neither is to be "
-                f"trusted; training goes on {how}. Pass forget_rate, your guess of the share of wrong labels, or lengthen "
-                "the warm-up with a larger num_gradual")
+                f"{self.joint:.2f}, all votes less the {self.doubt:.0%} in doubt {self.votes:.2f}, and neither is "
+                f"to be trusted; training goes on {how}. Pass forget_rate, your guess of the share of wrong labels, "
+                "or lengthen the warm-up with a larger num_gradual")
 
 def estimate_noise(
     ledger, # A `Ledger`, or its `frame()`
     n_classes:int, # Number of classes C, at least 2
-    max_doubt:float=0.2 # Largest share of votes in doubt with which the confident joint is trusted, in [0, 1]; beyond twice as many, nothing is
+    max_doubt:float=0.2 # Votes in doubt up to which the confident joint is trusted, in [0, 1]; beyond twice, nothing is
 )->NoiseEstimate: # The estimate, and what it was made of
     "Estimate the share of wrong labels, on the small side where votes are in doubt"
     f = seen_items(ledger)

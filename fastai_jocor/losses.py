@@ -26,7 +26,7 @@ default_co_lambda = .8 # Weight λ of the contrast where the user names none
 
 contrasts = dict(kl=_kl, kl_circular=_kl_circular, ce=_ce, ce_circular=_ce_circular)
 
-# %% ../nbs/00_losses.ipynb #459b2de5
+# %% ../nbs/00_losses.ipynb #8bb038b5
 def check_number(
     name:str, # Name of the argument, for the error
     value, # What was given
@@ -58,7 +58,8 @@ def check_co_lambda(
     co_lambda:float # Weight of the contrast
 )->float: # `co_lambda`
     "Return `co_lambda`, or raise a `ValueError` if it is outside [0, 1]"
-    return check_number('co_lambda', co_lambda, lambda v: 0 <= v <= 1, 'lie in [0, 1]: the share of the contrast in the joint loss')
+    return check_number('co_lambda', co_lambda, lambda v: 0 <= v <= 1,
+                        'lie in [0, 1]: the share of the contrast in the joint loss')
 
 def widened(
     t:Tensor # Any floating dtype
@@ -153,13 +154,13 @@ def plain_lambda(
     r = n_terms(k, contrast)/k * check_co_lambda(co_lambda)
     return r/(r + 1-co_lambda) if r else co_lambda
 
-# %% ../nbs/00_losses.ipynb #e0590648
+# %% ../nbs/00_losses.ipynb #892823d2
 def joint_loss_multi(
     logits:Tensor, # Logits of the peers, shape (k, N, C), any floating dtype
     targ:Tensor, # Whether each label holds, shape (N, C), in [0, 1]
     co_lambda:float, # Weight λ of the contrast, in [0, 1]; no effect for one peer
     contrast:str='kl', # `kl`, `kl_circular`, `ce` or `ce_circular`, between Bernoulli distributions
-    loss_func=None # Per-label loss `f(logits (N, C), targ) -> (N, C)`, called once a peer; `None` for binary cross-entropy
+    loss_func=None # Loss per label, `f(logits (N, C), targ) -> (N, C)`; `None` for binary cross-entropy
 )->Tensor: # Joint loss per item, shape (N,), float32 or wider: the mean over its labels
     "Weigh fit against distance as `joint_loss` does, for items with several labels"
     check_co_lambda(co_lambda)

@@ -14,12 +14,12 @@ from .selection import check_forget_rate
 from .transition import check_transition
 from .callback import PeersCallback
 
-# %% ../nbs/09_methods.ipynb #3f6471d7
+# %% ../nbs/09_methods.ipynb #b5f9e024
 def small_loss_mask(
     losses:Tensor, # Losses of the items by each of several rankings, shape (k, N), on any device
     R:float, # Share of the candidates to drop, in [0, 1)
     among:Tensor=None # Which items are candidates, shape (k, N), bool; `None` for all
-)->Tensor: # 1 for the `int((1 - R) * d)` smallest of d candidates, at least one if there is any; 0 for others; shape (k, N)
+)->Tensor: # 1 for the `int((1 - R) * d)` smallest of d candidates, at least one; 0 for others; shape (k, N)
     "Find the items with the smallest finite loss in each ranking, without a host synchronisation"
     check_forget_rate(R, 'R')
     if losses.ndim != 2 or not losses.shape[1]:
@@ -32,7 +32,7 @@ def small_loss_mask(
     first = (torch.arange(by.shape[1], device=by.device) < n) & (small < inf)
     return torch.zeros_like(by).scatter_(-1, idx, first.to(by.dtype))
 
-# %% ../nbs/09_methods.ipynb #d2248faa
+# %% ../nbs/09_methods.ipynb #5526c9bb
 def _union(t):
     "The rows of all processes of `torch.distributed`, side by side"
     from torch import distributed as dist
@@ -45,15 +45,15 @@ class CoTeachingCallback(PeersCallback):
     several_labels = False
     def __init__(self,
         k:int=2, # Number of peers, at least 2: a peer is taught by another
-        forget_rate=None, # Final share τ of each batch that is dropped, in [0, 1); `auto`: estimated from the first epochs; `None`: the known noise rate of `dls.noise`, or else `auto`
-        num_gradual:int=None, # Epochs over which the forget rate rises to τ; `None`: 10, or more on small data, at most half of the run (`default_num_gradual`)
+        forget_rate=None, # Final share τ of each batch to drop, in [0, 1), or `auto`; `None`: `dls.noise`'s, or `auto`
+        num_gradual:int=None, # Epochs over which R rises to τ; `None`: see `default_num_gradual`
         exponent:float=1., # Exponent c > 0: the rise ends at τ**c
         **kwargs # `models`, `init`, `seed`, `restart`, `select`: see `PeersCallback`
     ):
         super().__init__(k, forget_rate, num_gradual, exponent, **kwargs)
         if k < 2:
-            raise ValueError(f"k={k!r} must be at least 2: each peer is taught by another; for small-loss training of one "
-                             "network use JoCorCallback(k=1)")
+            raise ValueError(f"k={k!r} must be at least 2: each peer is taught by another; for small-loss training of "
+                             "one network use JoCorCallback(k=1)")
 
     def candidates(self, logits):
         "Which items may be selected for each peer, shape (k, N), bool, or `None` for all"
@@ -69,7 +69,7 @@ class CoTeachingCallback(PeersCallback):
         return loss, mask.mean(0).float(), losses.sum(0)
 
     def _taught(self, teachers, R, among):
-        "Which items each peer trains on, by its teacher's losses (k, N), and what the sum of their losses is divided by, (k,)"
+        "Which items each peer trains on by its teacher's losses (k, N), and what their sum is divided by, (k,)"
         s = self.selection
         if not s.across:
             mask = small_loss_mask(teachers, R, among)
@@ -85,7 +85,7 @@ class CoTeachingPlusCallback(CoTeachingCallback):
         best = logits.argmax(-1)
         return best != best.roll(-1, 0)
 
-# %% ../nbs/09_methods.ipynb #f09ceed3
+# %% ../nbs/09_methods.ipynb #85fe5965
 class _ItemLoss(nn.Module):
     def __init__(self, reduction='mean'):
         super().__init__()
@@ -101,8 +101,8 @@ class _Forward(_ItemLoss):
     def per_item(self, lp, y):
         c = lp.shape[-1]
         if c != len(self.log_matrix):
-            raise ValueError(f"matrix of shape {tuple(self.log_matrix.shape)} does not fit logits of {c} classes: it must "
-                             f"be ({c}, {c})")
+            raise ValueError(f"matrix of shape {tuple(self.log_matrix.shape)} does not fit logits of {c} classes: it "
+                             f"must be ({c}, {c})")
         self.log_matrix = self.log_matrix.to(lp)
         return -(lp + self.log_matrix.t()[y]).logsumexp(-1)
 
@@ -117,7 +117,7 @@ class _SCE(_ItemLoss):
 class ForwardLoss(CrossEntropyLossFlat):
     "Cross-entropy after the noise of a known transition matrix (forward correction, Patrini et al. 2017)"
     def __init__(self,
-        matrix, # `matrix[i][j]`: probability that an item of class i is labelled j, shape (C, C), rows that sum to 1, such as `dls.noise.matrix`
+        matrix, # `matrix[i][j]`: probability that class i is labelled j, shape (C, C), such as `dls.noise.matrix`
         axis:int=-1, # Axis of the classes
         reduction:str='mean' # `mean`, `sum` or `none`
     ): BaseLoss.__init__(self, _Forward, matrix, axis=axis, reduction=reduction)

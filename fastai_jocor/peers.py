@@ -7,11 +7,12 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/peers.html.md"""
 # %% auto #0
 __all__ = ['mean_log_prob', 'mean_logit', 'Peers', 'check_k', 'check_seed', 'reset_weights', 'all_differ', 'make_peers']
 
-# %% ../nbs/03_peers.ipynb #e78168f9
+# %% ../nbs/03_peers.ipynb #59554935
 import copy, math, numpy as np, torch
 import torch.nn.functional as F
 from itertools import combinations
 from numbers import Integral
+from fastcore.basics import patch
 from torch import nn, Tensor
 from fastai.torch_core import L, trainable_params
 from .losses import check_number, widened
@@ -36,7 +37,7 @@ def _merge(outs):
     if isinstance(outs[0], (list,tuple)): return type(outs[0])([_merge(o) for o in zip(*outs)])
     return outs[0]
 
-# %% ../nbs/03_peers.ipynb #e7d751de
+# %% ../nbs/03_peers.ipynb #326213b1
 class Peers(nn.Module):
     "Hold k networks as one: their stacked logits (k, N, C) in training, their mean log-probability (N, C) otherwise"
     def __init__(self,
@@ -76,33 +77,36 @@ class Peers(nn.Module):
         "Number of peers"
         return len(self.peers)
 
-    def peer(self,
-        i:int # Which one, in [0, k)
-    )->nn.Module: # The network itself, not a copy
-        "Take out a single peer as a plain model, for deployment"
-        if not 0 <= i < self.k: raise ValueError(f"i={i!r} must lie in [0, {self.k}): there are {self.k} peers")
-        return self.peers[i]
-
-    @torch.no_grad()
-    def best_peer(self,
-        batches, # Iterable of `(*inputs, targ)` batches, such as `dls.valid`; use clean data where you can
-        score=None # Function of logits (N, C) and targ (N,) that gives a score per item, larger is better; `None` for accuracy
-    )->nn.Module: # The network itself, not a copy, in evaluation mode
-        "Take out the peer with the best mean score on `batches` (accuracy by default)"
-        if score is None: score = _is_right
-        was = self.training
-        self.eval()
-        try: totals = sum(torch.stack([score(m(*x), y).sum() for m in self.peers]) for *x,y in batches)
-        finally: self.train(was)
-        return self.peers[int(totals.argmax())].eval()
-
 def _is_right(logits, targ): return (logits.argmax(-1) == targ).float()
 
 def _guard_msg(k):
     return (f"this model holds k={k} peers, and no ordinary loss fits their stacked logits: "
             f"train it with cbs=JoCorCallback(k={k}), or take out one network with learn.to_single(i)")
 
-# %% ../nbs/03_peers.ipynb #f474d65d
+# %% ../nbs/03_peers.ipynb #4f848872
+@patch
+def peer(self:Peers,
+    i:int # Which one, in [0, k)
+)->nn.Module: # The network itself, not a copy
+    "Take out a single peer as a plain model, for deployment"
+    if not 0 <= i < self.k: raise ValueError(f"i={i!r} must lie in [0, {self.k}): there are {self.k} peers")
+    return self.peers[i]
+
+@patch
+@torch.no_grad()
+def best_peer(self:Peers,
+    batches, # Iterable of `(*inputs, targ)` batches, such as `dls.valid`; use clean data where you can
+    score=None # Function of logits (N, C) and targ (N,): a score per item, larger is better; `None` for accuracy
+)->nn.Module: # The network itself, not a copy, in evaluation mode
+    "Take out the peer with the best mean score on `batches` (accuracy by default)"
+    if score is None: score = _is_right
+    was = self.training
+    self.eval()
+    try: totals = sum(torch.stack([score(m(*x), y).sum() for m in self.peers]) for *x,y in batches)
+    finally: self.train(was)
+    return self.peers[int(totals.argmax())].eval()
+
+# %% ../nbs/03_peers.ipynb #937c9d27
 def check_k(
     k:int # Number of peers
 )->int: # `k`
@@ -117,7 +121,8 @@ def check_seed(
 )->int: # `seed`
     "Return `seed`, or raise a `ValueError` if it is neither `None` nor an integer of at least 0"
     if seed is None: return seed
-    return check_number('seed', seed, lambda v: isinstance(v, Integral) and v >= 0, 'be None or an integer of at least 0')
+    return check_number('seed', seed, lambda v: isinstance(v, Integral) and v >= 0,
+                        'be None or an integer of at least 0')
 
 def _reset_func(m): return getattr(m, 'reset_parameters', None) or getattr(m, '_reset_parameters', None)
 
@@ -161,7 +166,7 @@ def _same_weights(a, b):
     a,b = list(a.parameters()),list(b.parameters())
     return len(a) == len(b) and all(o.shape == p.shape and torch.equal(o.to(p.device), p) for o,p in zip(a, b))
 
-# %% ../nbs/03_peers.ipynb #b83824e0
+# %% ../nbs/03_peers.ipynb #d3ac3231
 def make_peers(
     model, # A model; a list of k models; or a factory, called without arguments once a peer
     k:int=None, # Number of peers, at least 1; may be left out for a list
@@ -197,7 +202,7 @@ def _copies(model, k, init, splitter, seed):
     return [model] + copies
 
 def _detach_computed(model):
-    "Cut tensors that a module computed from its parameters (fastai's `WeightDropout`) off their history, which cannot be copied"
+    "Cut tensors that a module computed (fastai's `WeightDropout`) off their history, which cannot be copied"
     for m in model.modules():
         for name,o in vars(m).items():
             if isinstance(o, Tensor) and not o.is_leaf: setattr(m, name, o.detach())
@@ -209,6 +214,7 @@ def _peer_seed(seed, i):
 def _same_msg(model, init):
     own = [m for m in model.modules() if list(m.parameters(recurse=False))]
     names = sorted({type(m).__name__ for m in own if not _reset_func(m)})
-    why = f"{', '.join(names)} cannot draw new ones (no `reset_parameters`)" if names else f"init={init!r} changed nothing"
+    why = f"init={init!r} changed nothing"
+    if names: why = f"{', '.join(names)} cannot draw new ones (no `reset_parameters`)"
     return (f"the peers have the same weights and would stay the same for ever: {why}"
             ". Pass a factory, a function that makes a new network at each call, or a list of k networks")

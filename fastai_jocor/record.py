@@ -36,7 +36,7 @@ def _several_labels(logits, pred, holds):
     return dict(prob=prob, predicted_label=none, as_given=((pred > 0) == holds).all(-1),
                 agree=(best == best[0]).all(0).all(-1), conf=pred.abs().sigmoid().mean(-1), given_label=none)
 
-# %% ../nbs/06_record.ipynb #93f603be
+# %% ../nbs/06_record.ipynb #b66b04f2
 def _times_kept(kept, loss):
     "How often each item was kept, from its place in its batch, or from what tells how often already"
     if kept[0].is_floating_point(): return torch.cat(kept)
@@ -84,7 +84,8 @@ class Sightings:
     def columns(self)->dict: # From the name to what was seen of each item, in the order of the epoch
         "All that was collected"
         if self.batches: self.fold()
-        if not self.folded: return {name: torch.empty(0, dtype=o, device=self.s.device) for name,o in self.dtypes.items()}
+        if not self.folded:
+            return {name: torch.empty(0, dtype=o, device=self.s.device) for name,o in self.dtypes.items()}
         return {name: torch.cat([o[name] for o in self.folded]) for name in self.dtypes}
 
 # %% ../nbs/06_record.ipynb #2a3bde94

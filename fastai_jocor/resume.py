@@ -7,11 +7,12 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/resume.html.md"""
 # %% auto #0
 __all__ = ['plain_values', 'random_states', 'restore_random_states', 'Checkpoint']
 
-# %% ../nbs/07_resume.ipynb #54b71afc
+# %% ../nbs/07_resume.ipynb #d9444ee7
 import random, torch, warnings, numpy as np
 from fastai.basics import *
 from fastai.callback.tracker import TrackerCallback
 from fastai.torch_core import get_random_states
+from .losses import check_number
 from .batch import is_validating
 from .files import write_aside
 
@@ -49,7 +50,9 @@ def restore_random_states(
     for dl,own in zip(dls.loaders, st['loaders']):
         if own is not None: dl.rng.setstate(own)
 
-# %% ../nbs/07_resume.ipynb #56588bfb
+# %% ../nbs/07_resume.ipynb #81265e0e
+def _has_state(cls): return hasattr(cls, 'state_dict') and hasattr(cls, 'load_state_dict')
+
 class Checkpoint(Callback):
     "Write what a fit needs to go on after it was interrupted, and go on from there when the fit is started again"
     order = -100
@@ -59,7 +62,7 @@ class Checkpoint(Callback):
         seconds:float=None, # Write one after this time too, at the end of an epoch
         config=None # Plain values that must be the same for a run to go on
     ):
-        if every < 1: raise ValueError(f"every={every!r} must be at least 1: the epochs from one checkpoint to the next")
+        check_number('every', every, lambda v: v >= 1, 'be at least 1: the epochs from one checkpoint to the next')
         self.file,self.every,self.seconds,self.config = file,every,seconds,plain_values(config)
         self.n_fits = 0
         self.first_epoch,self.paused,self.state = 0,[],None
@@ -87,94 +90,113 @@ class Checkpoint(Callback):
         late = self.seconds is not None and time.monotonic()-self.last > self.seconds
         return late or (self.epoch-self.first_epoch) % self.every == 0
 
-    def _skip(self):
-        if not self.paused:
-            self.paused = [cb for cb in self.learn.cbs if cb is not self and cb.run]
-            for cb in self.paused: cb.run = False
-        raise CancelEpochException()
-
-    def _go_on(self):
-        for cb in self.paused: cb.run = True
-        self._start_bar()
-        self.paused = []
-        if self.state is not None and self.state['fit'] == self.n_fits: restore_random_states(self._own_random(), self.dls)
-        self.state = None
-
-    def _start_bar(self):
-        "A progress bar has to begin at 0"
-        bar = getattr(getattr(self.learn, 'progress', None), 'mbar', None)
-        if self.paused and bar: bar.update(0)
-
-    def _own_random(self):
-        states = self.state['random']
-        return states[rank_distrib() if len(states) > 1 else 0]
-
     def after_fit(self):
         done = self.first_epoch < self.n_epoch
         self._go_on()
         if done and rank_distrib() == 0: self.where.unlink(missing_ok=True)
 
-    def _is_of(self):
-        "What must be the same for a run to go on"
-        return dict(config=self.config, n_epoch=self.n_epoch, peers=getattr(get_model(self.model), 'k', 1))
+# %% ../nbs/07_resume.ipynb #d3e3ce9a
+@patch
+def _skip(self:Checkpoint):
+    if not self.paused:
+        self.paused = [cb for cb in self.learn.cbs if cb is not self and cb.run]
+        for cb in self.paused: cb.run = False
+    raise CancelEpochException()
 
-    def save(self):
-        "Write the state of the fit between two epochs"
-        rec = self.recorder
-        parts = dict(fit=self.n_fits, epoch=self.epoch, model=get_model(self.model).state_dict(), opt=self.opt.state_dict(),
-                     callbacks={name: o.state_dict() for name,o in self._parts().items()},
-                     trackers={cb.name: self._best(cb) for cb in self._trackers()},
-                     recorder=dict(values=rec.values, lrs=rec.lrs, losses=torch.stack(rec.losses), iters=rec.iters,
-                                   smooth=(rec.smooth_loss.count, rec.smooth_loss.val)))
-        state = plain_values(dict(of=self._is_of(), **parts))
-        state['random'] = self._all_random()
-        self.last = time.monotonic()
-        if rank_distrib(): return
-        self.where.parent.mkdir(parents=True, exist_ok=True)
-        with write_aside(self.where) as part: torch.save(state, part)
+@patch
+def _go_on(self:Checkpoint):
+    for cb in self.paused: cb.run = True
+    self._start_bar()
+    self.paused = []
+    if self.state is not None and self.state['fit'] == self.n_fits:
+        restore_random_states(self._own_random(), self.dls)
+    self.state = None
 
-    def _all_random(self):
-        own = random_states(self.dls)
-        if not num_distrib(): return [own]
-        states = [None]*num_distrib()
-        torch.distributed.all_gather_object(states, own)
-        return states
+@patch
+def _start_bar(self:Checkpoint):
+    "A progress bar has to begin at 0"
+    bar = getattr(getattr(self.learn, 'progress', None), 'mbar', None)
+    if self.paused and bar: bar.update(0)
 
-    def _parts(self):
-        "What has a state besides model and optimizer, by its name"
-        parts = dict(loss_func=self.loss_func, scaler=getattr(self.learn, 'scaler', None))
-        parts |= {cb.name: cb for cb in self.learn.cbs if cb is not self}
-        return {name: o for name,o in parts.items() if hasattr(type(o), 'state_dict') and hasattr(type(o), 'load_state_dict')}
+@patch
+def _own_random(self:Checkpoint):
+    states = self.state['random']
+    return states[rank_distrib() if len(states) > 1 else 0]
 
-    def _trackers(self): return [cb for cb in self.learn.cbs if isinstance(cb, TrackerCallback)]
-    def _best(self, cb): return {name: o for name,o in vars(cb).items() if name in ('best','wait')}
+# %% ../nbs/07_resume.ipynb #603f4cdb
+@patch
+def save(self:Checkpoint):
+    "Write the state of the fit between two epochs"
+    rec = self.recorder
+    parts = dict(fit=self.n_fits, epoch=self.epoch,
+                 model=get_model(self.model).state_dict(), opt=self.opt.state_dict(),
+                 callbacks={name: o.state_dict() for name,o in self._parts().items()},
+                 trackers={cb.name: self._best(cb) for cb in self._trackers()},
+                 recorder=dict(values=rec.values, lrs=rec.lrs, losses=torch.stack(rec.losses), iters=rec.iters,
+                               smooth=(rec.smooth_loss.count, rec.smooth_loss.val)))
+    state = plain_values(dict(of=self._is_of(), **parts))
+    state['random'] = self._all_random()
+    self.last = time.monotonic()
+    if rank_distrib(): return
+    self.where.parent.mkdir(parents=True, exist_ok=True)
+    with write_aside(self.where) as part: torch.save(state, part)
 
-    def _read(self):
-        if not self.where.exists(): return None
-        try:
-            state = torch.load(self.where, weights_only=True, map_location='cpu')
-            of,own = state['of'],plain_values(self._is_of())
-            if of == own: return state
-            other = [f'{name}={of.get(name)!r} instead of {o!r}' for name,o in own.items() if of.get(name) != o]
-            warnings.warn(f"{self.where} is of another run ({'; '.join(other)}): training starts anew")
-        except Exception as e:
-            warnings.warn(f'{self.where} cannot be read ({type(e).__name__}: {e}): training starts anew')
+@patch
+def _is_of(self:Checkpoint):
+    "What must be the same for a run to go on"
+    return dict(config=self.config, n_epoch=self.n_epoch, peers=getattr(get_model(self.model), 'k', 1))
 
-    def _take_up(self):
-        "Load the checkpoint, if it is of this run; gives the first epoch to train"
-        self.state = state = self._read()
-        if state is None or state['fit'] < self.n_fits: return 0
-        if state['fit'] > self.n_fits: return self.n_epoch
-        get_model(self.model).load_state_dict(state['model'])
-        self.opt.load_state_dict(to_device(state['opt'], next(self.model.parameters()).device))
-        for name,o in self._parts().items(): o.load_state_dict(state['callbacks'][name])
-        for cb in self._trackers(): vars(cb).update(state['trackers'].get(cb.name, {}))
-        self._load_table(state['recorder'])
-        return state['epoch']
+@patch
+def _all_random(self:Checkpoint):
+    own = random_states(self.dls)
+    if not num_distrib(): return [own]
+    states = [None]*num_distrib()
+    torch.distributed.all_gather_object(states, own)
+    return states
 
-    def _load_table(self, old):
-        rec = self.recorder
-        rec.values = [L(row) for row in old['values']]
-        rec.losses = list(old['losses'])
-        rec.lrs,rec.iters = old['lrs'],old['iters']
-        rec.smooth_loss.count,rec.smooth_loss.val = old['smooth']
+@patch
+def _parts(self:Checkpoint):
+    "What has a state besides model and optimizer, by its name"
+    parts = dict(loss_func=self.loss_func, scaler=getattr(self.learn, 'scaler', None))
+    parts |= {cb.name: cb for cb in self.learn.cbs if cb is not self}
+    return {name: o for name,o in parts.items() if _has_state(type(o))}
+
+@patch
+def _trackers(self:Checkpoint): return [cb for cb in self.learn.cbs if isinstance(cb, TrackerCallback)]
+
+@patch
+def _best(self:Checkpoint, cb): return {name: o for name,o in vars(cb).items() if name in ('best','wait')}
+
+# %% ../nbs/07_resume.ipynb #809cdefd
+@patch
+def _read(self:Checkpoint):
+    if not self.where.exists(): return None
+    try:
+        state = torch.load(self.where, weights_only=True, map_location='cpu')
+        of,own = state['of'],plain_values(self._is_of())
+        if of == own: return state
+        other = [f'{name}={of.get(name)!r} instead of {o!r}' for name,o in own.items() if of.get(name) != o]
+        warnings.warn(f"{self.where} is of another run ({'; '.join(other)}): training starts anew")
+    except Exception as e:
+        warnings.warn(f'{self.where} cannot be read ({type(e).__name__}: {e}): training starts anew')
+
+@patch
+def _take_up(self:Checkpoint):
+    "Load the checkpoint, if it is of this run; gives the first epoch to train"
+    self.state = state = self._read()
+    if state is None or state['fit'] < self.n_fits: return 0
+    if state['fit'] > self.n_fits: return self.n_epoch
+    get_model(self.model).load_state_dict(state['model'])
+    self.opt.load_state_dict(to_device(state['opt'], next(self.model.parameters()).device))
+    for name,o in self._parts().items(): o.load_state_dict(state['callbacks'][name])
+    for cb in self._trackers(): vars(cb).update(state['trackers'].get(cb.name, {}))
+    self._load_table(state['recorder'])
+    return state['epoch']
+
+@patch
+def _load_table(self:Checkpoint, old):
+    rec = self.recorder
+    rec.values = [L(row) for row in old['values']]
+    rec.losses = list(old['losses'])
+    rec.lrs,rec.iters = old['lrs'],old['iters']
+    rec.smooth_loss.count,rec.smooth_loss.val = old['smooth']

@@ -59,7 +59,7 @@ class ItemSource:
         return self.kept_names if self.ds is None else item_names(self.ds)
     def __getstate__(self): return vars(self) | dict(ds=None, kept_names=self.names)
 
-# %% ../nbs/06b_state.ipynb #752bae76
+# %% ../nbs/06b_state.ipynb #9d43ba4e
 class FitState:
     "What a `PeersCallback` knows of its fits"
     def start_anew(self):
@@ -103,15 +103,6 @@ class FitState:
         return self.forget_rate if self.forget_rate is not None else check_forget_rate(self.noise.noise_rate)
 
     @property
-    def estimated_rate(self): return float('nan') if self.estimate is None else self.estimate.rate
-
-    @property
-    def columns(self):
-        "Names of the columns of the epoch table"
-        return (['R','kept','agreement'] + ['noise_rate']*self.estimates
-                + ['label_precision','label_recall']*(self.noise is not None) + ['non_finite'])
-
-    @property
     def finding(self):
         "Whether `lr_find` is at work, which leaves no trace"
         return hasattr(self, 'lr_finder')
@@ -126,29 +117,44 @@ class FitState:
         "Whether an item may have several labels"
         return self.source.multi_label
 
-    def rate_of(self,
-        epoch:int # Of this fit, from 0 on
-    )->float: # In [0, 1)
-        "The forget rate R of an epoch: nothing is dropped while τ is not known, and R never falls"
-        if self.tau is None: return self.least
-        rates = forget_schedule(self.tau, self.before+self.n_epoch, self.gradual, self.exponent)
-        return max(float(rates[self.before+epoch]), self.least)
-
     _kept = ('rows','done','before','R','least','gradual','warm_up')
-    def state_dict(self)->dict: # Of plain values and tensors
-        "What an interrupted fit needs to go on"
-        state = {name: getattr(self, name) for name in self._kept}
-        state['ledger'] = None if self.items is None else self.items.state()
-        state['estimate'] = None if self.estimate is None else asdict(self.estimate)
-        return state
 
-    def load_state_dict(self,
-        state:dict # Of `state_dict`
-    ):
-        "Go on from the state of an interrupted fit"
-        for name in self._kept: setattr(self, name, state[name])
-        if self.items is not None and state['ledger'] is not None: self.items.load_state(state['ledger'])
-        self.estimate = None if state['estimate'] is None else NoiseEstimate(**state['estimate'])
+# %% ../nbs/06b_state.ipynb #bc7c985b
+@patch(as_prop=True)
+def estimated_rate(self:FitState): return float('nan') if self.estimate is None else self.estimate.rate
+
+@patch(as_prop=True)
+def columns(self:FitState):
+    "Names of the columns of the epoch table"
+    return (['R','kept','agreement'] + ['noise_rate']*self.estimates
+            + ['label_precision','label_recall']*(self.noise is not None) + ['non_finite'])
+
+@patch
+def rate_of(self:FitState,
+    epoch:int # Of this fit, from 0 on
+)->float: # In [0, 1)
+    "The forget rate R of an epoch: nothing is dropped while τ is not known, and R never falls"
+    if self.tau is None: return self.least
+    rates = forget_schedule(self.tau, self.before+self.n_epoch, self.gradual, self.exponent)
+    return max(float(rates[self.before+epoch]), self.least)
+
+# %% ../nbs/06b_state.ipynb #8c061f31
+@patch
+def state_dict(self:FitState)->dict: # Of plain values and tensors
+    "What an interrupted fit needs to go on"
+    state = {name: getattr(self, name) for name in self._kept}
+    state['ledger'] = None if self.items is None else self.items.state()
+    state['estimate'] = None if self.estimate is None else asdict(self.estimate)
+    return state
+
+@patch
+def load_state_dict(self:FitState,
+    state:dict # Of `state_dict`
+):
+    "Go on from the state of an interrupted fit"
+    for name in self._kept: setattr(self, name, state[name])
+    if self.items is not None and state['ledger'] is not None: self.items.load_state(state['ledger'])
+    self.estimate = None if state['estimate'] is None else NoiseEstimate(**state['estimate'])
 
 # %% ../nbs/06b_state.ipynb #f727c161
 class ForgetRate(Part):
