@@ -29,6 +29,8 @@ from fastai.vision.all import Callback, ChannelsLast, Learner, ProgressCallback,
 from sklearn.metrics import average_precision_score, precision_recall_curve
 from sklearn.model_selection import StratifiedKFold
 from fastai_jocor.all import *
+from fastai_jocor.audit import suspect_scores
+from fastai_jocor.lab.store import MemoryDatasets, MemoryDL
 from fastai_jocor.lab.run import fast_adam, machine
 
 RESULTS = Path(__file__).resolve().parent/'results'

@@ -1,4 +1,4 @@
-"""Everything a user needs, in one import
+"""Everything a user types, in one import
 
 Docs: https://fastai-jocor.github.io/fastai_jocor/all.html.md"""
 
@@ -7,25 +7,24 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/20_all.ipynb #c351cd7c
-from .losses import *
-from .selection import *
-from .ledger import *
-from .learner import *
-from .step import *
-from .resume import *
-from .peers import *
-from .noise import *
-from .instance import *
-from .human import *
-from .blocks import *
-from .lab.store import *
-from .lab.data import *
-from .lab.datasets import *
-from .callback import *
-from .methods import *
-from .files import *
-from .audit import *
-from .cleaning import *
+# %% ../nbs/20_all.ipynb #a192a560
+from .losses import joint_loss, peer_contrast, peer_losses, plain_lambda
+from .selection import default_num_gradual, forget_schedule, select_small
+from .ledger import estimate_noise, Ledger, NoiseEstimate
+from .peers import make_peers, Peers
+from .step import AutocastBF16
+from .resume import Checkpoint
+from .callback import JoCorCallback, PeersCallback
+from .methods import CoTeachingCallback, CoTeachingPlusCallback, ForwardLoss, SCELoss
+from .noise import Asymmetric, LabelNoise, NoiseRecord, PairFlip, plot_noise, Symmetric, Transition
+from .instance import InstanceDependent
+from .human import HumanLabels
+from .blocks import make_noise, NoisyCategoryBlock, show_flipped
+from .files import load_ledger, read_table, save_ledger, write_table
+from .audit import rank_suspects
+from .cleaning import cleaned
+from .lab.store import CropFlip
+from .lab.data import InMemoryDataLoaders
+from .lab.datasets import cifar100_dls, cifar10_dls, digits_dls, jocor_cnn, jocor_mlp, mnist_dls
 
 __all__ = [o for o in dir() if not o.startswith('_')]
