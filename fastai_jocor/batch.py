@@ -47,7 +47,7 @@ def is_multi_label(
     bce = isinstance(f, nn.BCEWithLogitsLoss) or loss_func is F.binary_cross_entropy_with_logits
     return bce and targ.ndim == 2 and targ.is_floating_point()
 
-# %% ../nbs/04_batch.ipynb #72839e1d
+# %% ../nbs/04_batch.ipynb #a194ee06
 def _unreduced(loss_func, z, y):
     with NoneReduce(loss_func) as lf: return plain(lf(z, y))
 
@@ -57,7 +57,7 @@ def per_sample_loss(
     loss_func, # The learner's loss
     logits:Tensor, # Logits of one model to try it on, shape (N, C)
     targ:Tensor # Labels, shape (N,), or (N, C) of 0 and 1 for several labels an item
-)->callable: # `f(logits (N, C), targ)`: a loss per sample, or per label of each; `None` for plain cross-entropy
+)->callable: # `f(logits (N, C), targ)`: a loss per sample, or per label; `None` for plain cross-entropy
     "Find how a loss gives one value per sample; a `ValueError` if it cannot"
     if is_plain_ce(loss_func): return None
     if is_multi_label(loss_func, targ): return partial(_unreduced, loss_func)
@@ -71,7 +71,7 @@ def per_sample_loss(
         "so it must have a `reduction` attribute or argument that takes 'none', or return shape (N,)"
         + (f" ({type(cause).__name__}: {cause})" if cause else "")) from cause
 
-# %% ../nbs/04_batch.ipynb #46845e95
+# %% ../nbs/04_batch.ipynb #7078d4c8
 def _lasts(idxs): return isinstance(idxs, (list,tuple,L,np.ndarray,Tensor))
 
 class ItemOrder:
@@ -88,15 +88,16 @@ class _EveryItem:
     def __call__(self, i):
         item = self.load(i)
         if item is not None: return item
-        raise ValueError(f"the training loader leaves out item {i}, as by a SkipItemException, and so no longer "
-                         "tells which items are in a batch: take such items out of the data set")
+        raise ValueError(f"the training loader leaves out item {i}, as by a SkipItemException, and "
+                         "so no longer tells which items are in a batch: take such items out of "
+                         "the data set")
 
 @contextmanager
 def known_order(
     dl # A loader that is about to be iterated over
 ):
-    "Keep the order in which a loader gives its items, at `idxs` of what this gives; `None` if it does not tell"
-    n = getattr(vars(dl).get('dl', dl), 'n', None) # a `DistributedDL` has none of its own before it begins
+    "Keep the order in which a loader gives its items, at `idxs`; `None` if it does not tell"
+    n = getattr(vars(dl).get('dl', dl), 'n', None) # a `DistributedDL` has none before it begins
     if n is None or getattr(dl, 'get_idxs', None) is None:
         yield None
         return
@@ -162,7 +163,7 @@ def loaders_talk_over_the_cpu():
     try: yield
     finally: DistributedDL._broadcast = before
 
-# %% ../nbs/04_batch.ipynb #6a46b299
+# %% ../nbs/04_batch.ipynb #9500661f
 @dataclass
 class Selection:
     "What is known of the fit, the epoch and the batch while peers train: `learn.selection`"
@@ -179,7 +180,7 @@ class Selection:
     last_loss:Tensor = None # The latest finite loss, for the table
     # the epoch
     R:float = 0. # Share of a batch that is dropped
-    items:Tensor = None # Positions in the training set in the order of the epoch; `None` if it is not told
+    items:Tensor = None # Positions in the training set in the order of the epoch; `None`: not told
     repeated:Tensor = None # Which of them fill up another process's share
     # the batch
     at:int = 0 # Place of its first item in the epoch
@@ -204,7 +205,7 @@ class Selection:
         "Positions in the training set of the batch's items, shape (N,)"
         return None if self.items is None else self.items[self.at:self.at+self.n]
 
-# %% ../nbs/04_batch.ipynb #29f21f35
+# %% ../nbs/04_batch.ipynb #355580bc
 def is_validating(
     learn:Learner # In a fit, or not
 )->bool: # True in `validate` and `get_preds`
@@ -217,11 +218,12 @@ def check_classes(
 ):
     "A `ValueError` if targets are not class indices in [0, C)"
     if y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool:
-        raise ValueError(f"targets of shape {tuple(y.shape)} and type {y.dtype} must be class indices: one integer "
-                         "per item; for several labels an item, floats of shape (N, C) with BCEWithLogitsLossFlat")
+        raise ValueError(f"targets of shape {tuple(y.shape)} and type {y.dtype} must be class "
+                         "indices: one integer per item; for several labels an item, floats of "
+                         "shape (N, C) with BCEWithLogitsLossFlat")
     if y.min() < 0 or y.max() >= pred.shape[1]:
-        raise ValueError(f"targets from {int(y.min())} to {int(y.max())} must lie in [0, {pred.shape[1]}): "
-                         f"the model gives {pred.shape[1]} classes")
+        raise ValueError(f"targets from {int(y.min())} to {int(y.max())} must lie in [0, "
+                         f"{pred.shape[1]}): the model gives {pred.shape[1]} classes")
 
 def check_batch(
     s:Selection, # Takes up what is found
@@ -231,7 +233,8 @@ def check_batch(
 ):
     "Find how to train on a batch, or raise a `ValueError` that says what is wrong with it"
     if len(targs) != 1:
-        raise ValueError(f"the batch holds {len(targs)} targets, but must hold one: class indices of shape (N,)")
+        raise ValueError(f"the batch holds {len(targs)} targets, but must hold one: class indices "
+                         "of shape (N,)")
     y = label_column(targs[0])
     if not isinstance(pred, Tensor) or pred.ndim != 2 or len(pred) != len(y):
         got = tuple(pred.shape) if isinstance(pred, Tensor) else type(pred).__name__
@@ -239,11 +242,12 @@ def check_batch(
     s.multi_label,s.n_classes = is_multi_label(loss_func, y),pred.shape[1]
     if not s.multi_label: check_classes(pred, y)
     elif pred.shape != y.shape:
-        raise ValueError(f"targets of shape {tuple(y.shape)} do not fit logits of shape {tuple(pred.shape)}: "
-                         "with several labels an item both are (N, C)")
+        raise ValueError(f"targets of shape {tuple(y.shape)} do not fit logits of shape "
+                         f"{tuple(pred.shape)}: with several labels an item both are (N, C)")
     s.per_sample = per_sample_loss(loss_func, pred, y)
     s.checked = True
 
+# %% ../nbs/04_batch.ipynb #5d8ad578
 def try_batch(
     learn:Learner, # Its model and random states stay as they are
     s:Selection # Takes up what is found
@@ -252,8 +256,9 @@ def try_batch(
     dl,mode = learn.dls.train,learn.model.training
     if len(dl) == 0:
         n = len(dl.dataset) if hasattr(dl.dataset, '__len__') else 'its'
-        raise ValueError(f"the training loader gives no batch of bs={getattr(dl, 'bs', None)} from {n} items: "
-                         "take a smaller bs, or more items (an incomplete batch is dropped)")
+        raise ValueError(f"the training loader gives no batch of bs={getattr(dl, 'bs', None)} from "
+                         f"{n} items: take a smaller bs, or more items (an incomplete batch is "
+                         "dropped)")
     with same_random_states(dl), torch.no_grad(), known_order(dl) as order:
         b = learn._set_device(dl.one_batch() if hasattr(dl, 'one_batch') else first(dl))
         b = [plain(o) for o in b]

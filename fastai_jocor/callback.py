@@ -23,22 +23,22 @@ from .record import Estimate, Record
 from .state import FitState, ForgetRate
 from .start import look_at_data, MakePeers, refuse_others, UndoPeers
 
-# %% ../nbs/08_callback.ipynb #a2c88495
+# %% ../nbs/08_callback.ipynb #afb34e28
 class PeersCallback(FitState, Callback):
-    "Base of the methods that train k peers on the small-loss items of each batch; a method defines `batch_loss`"
+    "Base of methods that train k peers on the small-loss items of a batch; they define `batch_loss`"
     order,run_valid = -9,False
     _learn = None
     several_labels = True # Whether the method can train on items with several labels
     def __init__(self,
         k:int=2, # Number of peers, at least 1
-        forget_rate=None, # Final share τ of each batch to drop, in [0, 1), or `auto`; `None`: `dls.noise`'s, or `auto`
+        forget_rate=None, # τ, share to drop in the end, in [0, 1), or `auto`; `None`: `dls.noise`'s, or `auto`
         num_gradual:int=None, # Epochs over which R rises to τ; `None`: see `default_num_gradual`
         exponent:float=1., # Exponent c > 0: the rise ends at τ**c
-        models=None, # A list of k models, or a factory called once a peer; `None`: from the learner's model
-        init:str=None, # Which layers draw new weights: `all` or `head`; `None`: `head` if pretrained or frozen
+        models=None, # A list of k models, or a factory of one; `None`: from the learner's model
+        init:str=None, # Layers that draw new weights: `all`, `head`; `None`: `head` if pretrained or frozen
         seed:int=None, # Seed of the peers' weights; `None` draws one from torch's random state
         restart:bool=False, # Start the forget schedule over in every fit, instead of going on
-        select:str='global' # With several processes: select in the union of their batches, or `local`, in each
+        select:str='global' # Several processes select in the union of their batches, or `local`, in each
     ):
         check_k(k)
         if forget_rate is not None and forget_rate != 'auto': check_forget_rate(forget_rate)
@@ -83,22 +83,23 @@ class PeersCallback(FitState, Callback):
         vars(self.learn).pop('selection', None)
         self.selection = Selection()
 
-# %% ../nbs/08_callback.ipynb #69ed9c92
+# %% ../nbs/08_callback.ipynb #f1874d98
 @patch
 def _start_over_where_needed(self:PeersCallback):
     if self.restart: self.estimate = None
     elif self.done and not isinstance(self.model, Peers):
-        warnings.warn(f"this {type(self).__name__} has trained another model: forget schedule, ledger and estimate "
-                      "of the noise rate start over; for each learner, make a callback of its own")
+        warnings.warn(f"this {type(self).__name__} has trained another model: forget schedule, "
+                      "ledger and estimate of the noise rate start over; for each learner, make a "
+                      "callback of its own")
         self.forget()
 
-# %% ../nbs/08_callback.ipynb #bb6ab321
+# %% ../nbs/08_callback.ipynb #9b9818af
 @patch
 def batch_loss(self:PeersCallback,
     logits:Tensor, # Of the peers, shape (k, N, C)
     targ:Tensor, # Given labels, shape (N,)
     R:float # Share of the batch to drop
-)->tuple: # The loss to train by; the places of the kept items, or how often each is kept, (N,); losses, (N,)
+)->tuple: # Loss to train by; places of the kept items, or how often each is kept (N,); losses (N,)
     "The loss of a batch; `learn.selection` holds more about it, such as `log_probs`"
     raise NotImplementedError
 
@@ -119,7 +120,7 @@ def keep_small(self:PeersCallback,
     times,n = select_small_global(by, R)
     return torch.where(times > 0, losses*times, 0.).sum()*s.world/n, times, losses
 
-# %% ../nbs/08_callback.ipynb #431dc042
+# %% ../nbs/08_callback.ipynb #863dc658
 @patch
 def check_fit(self:PeersCallback,
     s:Selection # With what was found of the data
@@ -127,13 +128,13 @@ def check_fit(self:PeersCallback,
     "Refuse data that the method cannot train on"
     if s.multi_label and not self.several_labels:
         raise ValueError(f"targets of shape (N, {s.n_classes}) hold several labels an item, and "
-                         f"{type(self).__name__} needs class indices: one integer per item; JoCorCallback "
-                         "trains on several labels")
+                         f"{type(self).__name__} needs class indices: one integer per item; "
+                         "JoCorCallback trains on several labels")
     if self.estimates and (s.multi_label or not len(self.source) or not s.tells):
-        raise ValueError(f"forget_rate={self.forget_rate!r} asks for an estimate of the noise rate, which needs "
-                         "one class an item and a fastai loader that tells which items it gives: pass "
-                         "forget_rate, your guess of the share of wrong labels, such as "
-                         "JoCorCallback(forget_rate=0.2)")
+        raise ValueError(f"forget_rate={self.forget_rate!r} asks for an estimate of the noise "
+                         "rate, which needs one class an item and a fastai loader that tells "
+                         "which items it gives: pass forget_rate, your guess of the share of "
+                         "wrong labels, such as JoCorCallback(forget_rate=0.2)")
 
 @patch
 def check(self:PeersCallback, pred, targs):
@@ -144,18 +145,18 @@ def check(self:PeersCallback, pred, targs):
     self.source.n_classes = s.n_classes
     self.check_fit(s)
 
-# %% ../nbs/08_callback.ipynb #07255077
+# %% ../nbs/08_callback.ipynb #c681c35f
 class JoCorCallback(PeersCallback):
     "Train k peers by one joint loss, on the items on which it is small (JoCoR, Wei et al. 2020)"
     def __init__(self,
         k:int=2, # Number of peers, at least 1; 1 is small-loss training of a single network
-        co_lambda:float=default_co_lambda, # Weight λ of the contrast, in [0, 1]; less for hard pictures in few epochs
-        forget_rate=None, # Final share τ of each batch to drop, in [0, 1), or `auto`; `None`: `dls.noise`'s, or `auto`
+        co_lambda:float=default_co_lambda, # Weight λ of the contrast, in [0, 1]
+        forget_rate=None, # τ, share to drop in the end, in [0, 1), or `auto`; `None`: `dls.noise`'s, or `auto`
         contrast:str='kl', # `kl`, `kl_circular`, `ce` or `ce_circular`
         num_gradual:int=None, # Epochs over which R rises to τ; `None`: see `default_num_gradual`
         exponent:float=1., # Exponent c > 0: the rise ends at τ**c
-        prune:str=None, # `exact` or `approx`: do not compute what selection throws away; `None` computes all
-        refresh:int=5, # Epochs from one computation of all losses to the next with `prune='approx'`, at least 1
+        prune:str=None, # `exact` or `approx` leave out what selection throws away; `None` computes all
+        refresh:int=5, # Epochs from one computation of all losses to the next with `approx`, at least 1
         balance:float=0., # How far selection makes up for classes that have fallen behind, in [0, 1]
         **kwargs # `models`, `init`, `seed`, `restart`, `select`: see `PeersCallback`
     ):
@@ -184,21 +185,23 @@ class JoCorCallback(PeersCallback):
     def before_train(self):
         "Find how far each class has fallen behind, as soon as τ and a loss of the items are known"
         self.behind,items = None,self.items
-        if not self.balance or None in (self.tau, items, self.n_classes) or not items.scored.any(): return
+        if not self.balance or None in (self.tau, items, self.n_classes): return
+        if not items.scored.any(): return
         quantiles = class_quantiles(items.last_loss, items.given_label, self.n_classes, (1-self.tau)/2)
         self.behind = self.balance*quantiles
 
     def check_fit(self, s):
         super().check_fit(s)
         if self.balance and (s.multi_label or not s.tells):
-            raise ValueError(f"balance={self.balance!r} compares the losses of items with the same label, which needs "
-                             "one class an item and a fastai loader that tells which items it gives: pass balance=0")
+            raise ValueError(f"balance={self.balance!r} compares the losses of items with the same "
+                             "label, which needs one class an item and a fastai loader that tells "
+                             "which items it gives: pass balance=0")
         if self.prune and self.accumulates:
-            raise ValueError(f"prune={self.prune!r} changes the number of items in a batch, which GradientAccumulation "
-                             "counts: train without one of them")
+            raise ValueError(f"prune={self.prune!r} changes the number of items in a batch, which "
+                             "GradientAccumulation counts: train without one of them")
         if self.prune and s.across:
-            raise ValueError(f"prune={self.prune!r} cuts each process's batch down to one size, which select='global' "
-                             "does not give: pass select='local'")
+            raise ValueError(f"prune={self.prune!r} cuts each process's batch down to one size, "
+                             "which select='global' does not give: pass select='local'")
         if self.prune == 'approx' and not s.tells:
-            raise ValueError("prune='approx' needs to know which items are in a batch, and this loader does not tell: "
-                             "use a fastai loader, or prune='exact'")
+            raise ValueError("prune='approx' needs to know which items are in a batch, and this "
+                             "loader does not tell: use a fastai loader, or prune='exact'")

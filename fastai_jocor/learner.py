@@ -11,7 +11,7 @@ __all__ = ['PeerSplitter']
 from fastai.basics import *
 from .peers import check_k, make_peers, Peers
 
-# %% ../nbs/03b_learner.ipynb #0d8f9859
+# %% ../nbs/03b_learner.ipynb #a04375d2
 class PeerSplitter:
     "Split each peer by `splitter`, and merge the groups across the peers"
     def __init__(self,
@@ -23,15 +23,16 @@ class PeerSplitter:
         if not isinstance(model, Peers): return self.splitter(model)
         groups = [_as_groups(self.splitter(m)) for m in model.peers]
         if len({len(g) for g in groups}) != 1:
-            raise ValueError(f"splitter={self.splitter!r} gives {[len(g) for g in groups]} parameter groups for the "
-                             "peers: it must give the same number for each")
+            raise ValueError(f"splitter={self.splitter!r} gives {[len(g) for g in groups]} "
+                             "parameter groups for the peers: it must give the same number for "
+                             "each")
         return L(L(g).concat() for g in zip(*groups))
 
 def _as_groups(groups):
     groups = L(groups)
     return [L(g) for g in groups] if isinstance(groups[0], (list,L)) else [groups]
 
-# %% ../nbs/03b_learner.ipynb #c60d2827
+# %% ../nbs/03b_learner.ipynb #ee7fc122
 def _default_init(learn):
     "With a pretrained body, or one that is frozen, only the heads differ"
     return 'head' if getattr(learn, 'pretrained', False) or learn.opt.frozen_idx else 'all'
@@ -40,8 +41,9 @@ def _new_opt(learn, like):
     "An optimizer over all peers with the hyper-parameters and frozen groups of that of the single model"
     learn.create_opt()
     if len(learn.opt.hypers) != len(like.hypers):
-        raise ValueError(f"models give {len(learn.opt.hypers)} parameter groups, but the learner's model gives "
-                         f"{len(like.hypers)}: pass a splitter that gives the same number")
+        raise ValueError(f"models give {len(learn.opt.hypers)} parameter groups, but the learner's "
+                         f"model gives {len(like.hypers)}: pass a splitter that gives the same "
+                         "number")
     for name in like.hypers[0]: learn.opt.set_hyper(name, [h[name] for h in like.hypers])
     if like.frozen_idx: learn.opt.freeze_to(like.frozen_idx)
 
@@ -49,20 +51,21 @@ def _new_opt(learn, like):
 def to_peers(self:Learner,
     k:int=2, # Number of peers, at least 1
     models=None, # A list of k models, or a factory called once a peer; `None`: from the learner's model
-    init:str=None, # Which layers draw new weights: `all` or `head`; `None`: `head` if pretrained or frozen
+    init:str=None, # Layers that draw new weights: `all`, `head`; `None`: `head` if pretrained or frozen
     seed:int=None # Seed of the peers' weights; `None` draws one from torch's random state
 )->Learner: # The learner
-    "Turn the learner's model into peers and its optimizer into one over all of them, or leave both as they were"
+    "Turn the learner's model into peers, with an optimizer over all of them, or leave both as they were"
     check_k(k)
     if isinstance(self.model, Peers):
         if self.model.k == k: return self
-        raise ValueError(f"k={k} does not fit the learner, which already holds {self.model.k} peers: pass "
-                         f"k={self.model.k}, or make a new Learner")
+        raise ValueError(f"k={k} does not fit the learner, which already holds {self.model.k} "
+                         f"peers: pass k={self.model.k}, or make a new Learner")
     if self.opt is None: self.create_opt()
     model,splitter,opt = self.model,self.splitter,self.opt
     if not callable(self.opt_func) or isinstance(self.opt_func, OptimWrapper):
-        raise ValueError("opt_func holds the parameters of one model already: pass a function that makes an optimizer, "
-                         "such as partial(OptimWrapper, opt=torch.optim.Adam)")
+        raise ValueError("opt_func holds the parameters of one model already: pass a function "
+                         "that makes an optimizer, such as partial(OptimWrapper, "
+                         "opt=torch.optim.Adam)")
     peers = make_peers(model if models is None else models, k, init or _default_init(self), splitter, seed)
     try:
         self.model = peers.to(next(model.parameters()).device).train(model.training)
@@ -77,7 +80,7 @@ def to_peers(self:Learner,
 def to_single(self:Learner,
     i:int=0 # Which peer, in [0, k)
 )->Learner: # The learner
-    "Make one peer the learner's model, to export, deploy or train it by itself; the other peers are let go"
+    "Make one peer the learner's model, to export, deploy or train by itself"
     if not isinstance(self.model, Peers):
         raise ValueError(f"the learner holds a single {type(self.model).__name__}, not peers")
     self.model,self.opt = self.model.peer(i),None

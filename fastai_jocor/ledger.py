@@ -102,7 +102,7 @@ def frame(self:Ledger):
     figures = dict(seen=f['seen'], kept=kept, **as_they_are, stability=stability, **means)
     return pd.DataFrame(figures).rename_axis('item')
 
-# %% ../nbs/02_ledger.ipynb #f19b3e15
+# %% ../nbs/02_ledger.ipynb #7435ab71
 def seen_items(
     ledger # A `Ledger`, or its `frame()`
 )->pd.DataFrame: # The rows of items with one given label that were seen
@@ -116,7 +116,8 @@ def confident_joint(
 )->np.ndarray: # Share of the items with true label i and given label j, shape (C, C), float64; sums to 1
     "The joint distribution of true and given labels by confident learning (Northcutt et al. 2021)"
     f = seen_items(ledger)
-    if len(f) == 0: raise ValueError("ledger holds no item with a given label that was seen: train with it first")
+    if len(f) == 0: raise ValueError("ledger holds no item with a given label that was seen: "
+                                     "train with it first")
     given,vote,prob,conf = (f[o].to_numpy() for o in ('given_label','predicted_label','prob','conf'))
     n = np.bincount(given, minlength=n_classes)
     least = np.bincount(given, prob, n_classes)/np.maximum(n, 1)

@@ -26,7 +26,7 @@ default_co_lambda = .8 # Weight λ of the contrast where the user names none
 
 contrasts = dict(kl=_kl, kl_circular=_kl_circular, ce=_ce, ce_circular=_ce_circular)
 
-# %% ../nbs/00_losses.ipynb #8bb038b5
+# %% ../nbs/00_losses.ipynb #1aa309b3
 def check_number(
     name:str, # Name of the argument, for the error
     value, # What was given
@@ -72,7 +72,8 @@ def peer_log_probs(
 )->Tensor: # Shape (k, N, C), float32 or wider
     "Take the log-softmax over the classes"
     if logits.ndim != 3:
-        raise ValueError(f"logits of shape {tuple(logits.shape)} must have three dimensions: (peers, items, classes)")
+        raise ValueError(f"logits of shape {tuple(logits.shape)} must have three dimensions: "
+                         "(peers, items, classes)")
     return F.log_softmax(widened(logits), dim=-1)
 
 def n_terms(
@@ -110,23 +111,23 @@ def peer_contrast(
     "Measure how far the peers are apart on each item (JoCoR, equation 3; Fazekas et al. 2023 for k=3)"
     return _contrast(peer_log_probs(logits), kind)
 
-# %% ../nbs/00_losses.ipynb #2757185d
+# %% ../nbs/00_losses.ipynb #ff5dcaf7
 def peer_losses(
     logits:Tensor, # Logits of the peers, shape (k, N, C), any floating dtype
     targ:Tensor, # Given labels, shape (N,), class indices in [0, C)
-    loss_func=None, # Per-sample loss `f(logits (N, C), targ) -> (N,)`, called once a peer; `None` for cross-entropy
-    log_probs:Tensor=None # `peer_log_probs(logits)` where they are at hand, so that they are not computed again
+    loss_func=None, # Per-sample loss `f(logits (N, C), targ) -> (N,)`; `None` for cross-entropy
+    log_probs:Tensor=None # `peer_log_probs(logits)`, where they are at hand
 )->Tensor: # Shape (k, N), float32 or wider
     "Measure how badly each peer fits the given labels"
     lp = peer_log_probs(logits) if log_probs is None else log_probs
     if targ.shape != lp.shape[1:2] or targ.is_floating_point():
-        raise ValueError(f"targ of shape {tuple(targ.shape)} and type {targ.dtype} must hold {lp.shape[1]} class "
-                         "indices: one integer per item")
+        raise ValueError(f"targ of shape {tuple(targ.shape)} and type {targ.dtype} must hold "
+                         f"{lp.shape[1]} class indices: one integer per item")
     if loss_func is None: return -lp.gather(-1, targ.long().expand(len(lp),-1)[...,None])[...,0]
     losses = [loss_func(z, targ) for z in logits.to(lp.dtype)]
     if losses[0].shape != targ.shape[:1]:
-        raise ValueError(f"loss_func={loss_func!r} returned shape {tuple(losses[0].shape)} for {len(targ)} items: "
-                         "it must give one loss per item (reduction='none')")
+        raise ValueError(f"loss_func={loss_func!r} returned shape {tuple(losses[0].shape)} for "
+                         f"{len(targ)} items: it must give one loss per item (reduction='none')")
     return torch.stack(losses)
 
 def joint_loss(
@@ -134,8 +135,8 @@ def joint_loss(
     targ:Tensor, # Given labels, shape (N,), class indices in [0, C)
     co_lambda:float, # Weight λ of the contrast, in [0, 1]; no effect for one peer
     contrast:str='kl', # `kl`, `kl_circular`, `ce` or `ce_circular`
-    loss_func=None, # Per-sample loss `f(logits (N, C), targ) -> (N,)`, called once a peer; `None` for cross-entropy
-    log_probs:Tensor=None # `peer_log_probs(logits)` where they are at hand, so that they are not computed again
+    loss_func=None, # Per-sample loss `f(logits (N, C), targ) -> (N,)`; `None` for cross-entropy
+    log_probs:Tensor=None # `peer_log_probs(logits)`, where they are at hand
 )->Tensor: # Joint loss per item, shape (N,), float32 or wider
     "Weigh how badly k peers fit the given labels against how far they are apart (JoCoR, equation 4)"
     check_co_lambda(co_lambda)
@@ -154,7 +155,7 @@ def plain_lambda(
     r = n_terms(k, contrast)/k * check_co_lambda(co_lambda)
     return r/(r + 1-co_lambda) if r else co_lambda
 
-# %% ../nbs/00_losses.ipynb #892823d2
+# %% ../nbs/00_losses.ipynb #eb0864fd
 def joint_loss_multi(
     logits:Tensor, # Logits of the peers, shape (k, N, C), any floating dtype
     targ:Tensor, # Whether each label holds, shape (N, C), in [0, 1]
@@ -165,8 +166,9 @@ def joint_loss_multi(
     "Weigh fit against distance as `joint_loss` does, for items with several labels"
     check_co_lambda(co_lambda)
     if logits.ndim != 3 or targ.shape != logits.shape[1:]:
-        raise ValueError(f"targ of shape {tuple(targ.shape)} does not fit logits of shape {tuple(logits.shape)}: "
-                         "it must be (items, labels), and logits (peers, items, labels)")
+        raise ValueError(f"targ of shape {tuple(targ.shape)} does not fit logits of shape "
+                         f"{tuple(logits.shape)}: it must be (items, labels), and logits (peers, "
+                         "items, labels)")
     z = widened(logits)
     f = loss_func or partial(F.binary_cross_entropy_with_logits, reduction='none')
     fit = torch.stack([f(o, targ.to(z.dtype)).reshape(targ.shape) for o in z]).sum(0).mean(-1)

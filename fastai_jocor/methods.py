@@ -7,24 +7,24 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/methods.html.md"""
 # %% auto #0
 __all__ = ['small_loss_mask', 'CoTeachingCallback', 'CoTeachingPlusCallback', 'ForwardLoss', 'SCELoss']
 
-# %% ../nbs/09_methods.ipynb #00279cc8
+# %% ../nbs/09_methods.ipynb #9ac86dfd
 from fastai.basics import *
 from .losses import check_number, peer_losses
 from .selection import check_forget_rate
 from .transition import check_transition
 from .callback import PeersCallback
 
-# %% ../nbs/09_methods.ipynb #b5f9e024
+# %% ../nbs/09_methods.ipynb #9eea6835
 def small_loss_mask(
     losses:Tensor, # Losses of the items by each of several rankings, shape (k, N), on any device
     R:float, # Share of the candidates to drop, in [0, 1)
     among:Tensor=None # Which items are candidates, shape (k, N), bool; `None` for all
-)->Tensor: # 1 for the `int((1 - R) * d)` smallest of d candidates, at least one; 0 for others; shape (k, N)
+)->Tensor: # 1 for the `int((1 - R) * d)` smallest of d candidates, 0 for others, shape (k, N)
     "Find the items with the smallest finite loss in each ranking, without a host synchronisation"
     check_forget_rate(R, 'R')
     if losses.ndim != 2 or not losses.shape[1]:
-        raise ValueError(f"losses of shape {tuple(losses.shape)} must have two dimensions with at least one item: "
-                         "(rankings, items)")
+        raise ValueError(f"losses of shape {tuple(losses.shape)} must have two dimensions with at "
+                         "least one item: (rankings, items)")
     inf,by = torch.inf,losses.detach()
     if among is None: among = torch.ones_like(by, dtype=torch.bool)
     small,idx = torch.where(among, by, inf).nan_to_num(inf, inf, inf).sort(-1)
@@ -32,7 +32,7 @@ def small_loss_mask(
     first = (torch.arange(by.shape[1], device=by.device) < n) & (small < inf)
     return torch.zeros_like(by).scatter_(-1, idx, first.to(by.dtype))
 
-# %% ../nbs/09_methods.ipynb #5526c9bb
+# %% ../nbs/09_methods.ipynb #0d4bcd27
 def _union(t):
     "The rows of all processes of `torch.distributed`, side by side"
     from torch import distributed as dist
@@ -45,15 +45,15 @@ class CoTeachingCallback(PeersCallback):
     several_labels = False
     def __init__(self,
         k:int=2, # Number of peers, at least 2: a peer is taught by another
-        forget_rate=None, # Final share τ of each batch to drop, in [0, 1), or `auto`; `None`: `dls.noise`'s, or `auto`
+        forget_rate=None, # τ, share to drop in the end, in [0, 1), or `auto`; `None`: `dls.noise`'s, or `auto`
         num_gradual:int=None, # Epochs over which R rises to τ; `None`: see `default_num_gradual`
         exponent:float=1., # Exponent c > 0: the rise ends at τ**c
         **kwargs # `models`, `init`, `seed`, `restart`, `select`: see `PeersCallback`
     ):
         super().__init__(k, forget_rate, num_gradual, exponent, **kwargs)
         if k < 2:
-            raise ValueError(f"k={k!r} must be at least 2: each peer is taught by another; for small-loss training of "
-                             "one network use JoCorCallback(k=1)")
+            raise ValueError(f"k={k!r} must be at least 2: each peer is taught by another; for "
+                             "small-loss training of one network use JoCorCallback(k=1)")
 
     def candidates(self, logits):
         "Which items may be selected for each peer, shape (k, N), bool, or `None` for all"
@@ -69,7 +69,7 @@ class CoTeachingCallback(PeersCallback):
         return loss, mask.mean(0).float(), losses.sum(0)
 
     def _taught(self, teachers, R, among):
-        "Which items each peer trains on by its teacher's losses (k, N), and what their sum is divided by, (k,)"
+        "Which items each peer trains on by its teacher's losses (k, N), and by what to divide their sum, (k,)"
         s = self.selection
         if not s.across:
             mask = small_loss_mask(teachers, R, among)
@@ -78,14 +78,14 @@ class CoTeachingCallback(PeersCallback):
         own = mask.unflatten(-1, (s.world,-1))[:,torch.distributed.get_rank()]
         return own, mask.sum(-1).clamp(min=1)/s.world
 
-# %% ../nbs/09_methods.ipynb #b045512f
+# %% ../nbs/09_methods.ipynb #42fc718c
 class CoTeachingPlusCallback(CoTeachingCallback):
-    "Train k peers, each on the next one's small-loss items on which the two disagree (Co-teaching+, Yu et al. 2019)"
+    "Train each peer on small-loss items of the next on which they disagree (Co-teaching+, Yu et al. 2019)"
     def candidates(self, logits):
         best = logits.argmax(-1)
         return best != best.roll(-1, 0)
 
-# %% ../nbs/09_methods.ipynb #85fe5965
+# %% ../nbs/09_methods.ipynb #2a23adef
 class _ItemLoss(nn.Module):
     def __init__(self, reduction='mean'):
         super().__init__()
@@ -101,8 +101,8 @@ class _Forward(_ItemLoss):
     def per_item(self, lp, y):
         c = lp.shape[-1]
         if c != len(self.log_matrix):
-            raise ValueError(f"matrix of shape {tuple(self.log_matrix.shape)} does not fit logits of {c} classes: it "
-                             f"must be ({c}, {c})")
+            raise ValueError(f"matrix of shape {tuple(self.log_matrix.shape)} does not fit logits "
+                             f"of {c} classes: it must be ({c}, {c})")
         self.log_matrix = self.log_matrix.to(lp)
         return -(lp + self.log_matrix.t()[y]).logsumexp(-1)
 
@@ -115,18 +115,18 @@ class _SCE(_ItemLoss):
         return -self.alpha*own + self.beta*self.A*own.expm1()
 
 class ForwardLoss(CrossEntropyLossFlat):
-    "Cross-entropy after the noise of a known transition matrix (forward correction, Patrini et al. 2017)"
+    "Cross-entropy after noise of a known transition matrix (forward correction, Patrini et al. 2017)"
     def __init__(self,
-        matrix, # `matrix[i][j]`: probability that class i is labelled j, shape (C, C), such as `dls.noise.matrix`
+        matrix, # `matrix[i][j]`: probability of label j for class i, such as `dls.noise.matrix`
         axis:int=-1, # Axis of the classes
         reduction:str='mean' # `mean`, `sum` or `none`
     ): BaseLoss.__init__(self, _Forward, matrix, axis=axis, reduction=reduction)
 
 class SCELoss(CrossEntropyLossFlat):
-    "Cross-entropy and the same with prediction and label exchanged (symmetric cross-entropy, Wang et al. 2019)"
+    "Cross-entropy, and the same with prediction and label exchanged (SCE, Wang et al. 2019)"
     def __init__(self,
-        alpha:float=0.1, # Weight of the cross-entropy, at least 0; the paper's for CIFAR-10, 6 for CIFAR-100
-        beta:float=1., # Weight of the reverse cross-entropy, at least 0; the paper's for CIFAR-10, 0.1 for CIFAR-100
+        alpha:float=0.1, # Weight of the cross-entropy, at least 0; the paper: 6 for CIFAR-100
+        beta:float=1., # Weight of the reverse cross-entropy, at least 0; the paper: 0.1 for CIFAR-100
         A:float=-4., # What log 0 is taken for, below 0; the paper's
         axis:int=-1, # Axis of the classes
         reduction:str='mean' # `mean`, `sum` or `none`

@@ -37,22 +37,22 @@ def _merge(outs):
     if isinstance(outs[0], (list,tuple)): return type(outs[0])([_merge(o) for o in zip(*outs)])
     return outs[0]
 
-# %% ../nbs/03_peers.ipynb #326213b1
+# %% ../nbs/03_peers.ipynb #06355feb
 class Peers(nn.Module):
-    "Hold k networks as one: their stacked logits (k, N, C) in training, their mean log-probability (N, C) otherwise"
+    "k networks as one: stacked logits (k, N, C) in training, mean log-probability (N, C) otherwise"
     def __init__(self,
-        models:list # Networks with the same inputs and the same number of outputs; no parameter may be shared
+        models:list # Networks with the same inputs and number of outputs; no shared parameters
     ):
         super().__init__()
         if not len(models): raise ValueError(f"models={models!r} must hold at least one network")
         self.peers = nn.ModuleList(models)
         seen = [id(p) for m in self.peers for p in m.parameters()]
         if len(seen) != len(set(seen)):
-            raise ValueError("models share parameters: each peer needs its own (pass copies, or a factory that makes a "
-                             "new network at each call)")
+            raise ValueError("models share parameters: each peer needs its own (pass copies, or a "
+                             "factory that makes a new network at each call)")
 
     multi_label = False # Whether an item may have several labels, so that the mean is one of sigmoids
-    guarded = False # Whether training mode is refused, because no callback makes a loss of the stacked logits
+    guarded = False # Whether training is refused, because no callback makes a loss of the logits
 
     def forward(self, *x, **kwargs):
         if self.training and self.guarded: raise RuntimeError(_guard_msg(self.k))
@@ -83,20 +83,21 @@ def _guard_msg(k):
     return (f"this model holds k={k} peers, and no ordinary loss fits their stacked logits: "
             f"train it with cbs=JoCorCallback(k={k}), or take out one network with learn.to_single(i)")
 
-# %% ../nbs/03_peers.ipynb #4f848872
+# %% ../nbs/03_peers.ipynb #c3d214e8
 @patch
 def peer(self:Peers,
     i:int # Which one, in [0, k)
 )->nn.Module: # The network itself, not a copy
     "Take out a single peer as a plain model, for deployment"
-    if not 0 <= i < self.k: raise ValueError(f"i={i!r} must lie in [0, {self.k}): there are {self.k} peers")
+    if not 0 <= i < self.k: raise ValueError(f"i={i!r} must lie in [0, {self.k}): there are "
+                                             f"{self.k} peers")
     return self.peers[i]
 
 @patch
 @torch.no_grad()
 def best_peer(self:Peers,
     batches, # Iterable of `(*inputs, targ)` batches, such as `dls.valid`; use clean data where you can
-    score=None # Function of logits (N, C) and targ (N,): a score per item, larger is better; `None` for accuracy
+    score=None # `f(logits (N, C), targ (N,))`: a score per item, larger is better; `None` for accuracy
 )->nn.Module: # The network itself, not a copy, in evaluation mode
     "Take out the peer with the best mean score on `batches` (accuracy by default)"
     if score is None: score = _is_right
@@ -106,7 +107,7 @@ def best_peer(self:Peers,
     finally: self.train(was)
     return self.peers[int(totals.argmax())].eval()
 
-# %% ../nbs/03_peers.ipynb #937c9d27
+# %% ../nbs/03_peers.ipynb #03c0c5eb
 def check_k(
     k:int # Number of peers
 )->int: # `k`
@@ -131,7 +132,7 @@ def reset_weights(
     seed:int, # Seed of the new weights; the global random state stays as it was
     only=None # Parameters that may change; `None` for all
 )->nn.Module: # `model`
-    "Let each layer that owns parameters draw new ones by its own `reset_parameters`, at the scale of the old ones"
+    "Let each layer draw new parameters by its `reset_parameters`, at the scale of the old ones"
     ids = None if only is None else {id(p) for p in only}
     drawn,left = False,[]
     with torch.random.fork_rng(), torch.no_grad():
@@ -150,7 +151,7 @@ def reset_weights(
     return model
 
 def _at_scale(new, old):
-    "Bring a new draw to the scale of the old one where a model was not initialised as its layers are by default"
+    "Bring a draw to the scale of the old one, where a model was not initialised by default"
     if old.numel() < 16: return
     a,b = float(old.float().std()),float(new.float().std())
     if a == 0: new.copy_(old)
@@ -164,13 +165,14 @@ def all_differ(
 
 def _same_weights(a, b):
     a,b = list(a.parameters()),list(b.parameters())
-    return len(a) == len(b) and all(o.shape == p.shape and torch.equal(o.to(p.device), p) for o,p in zip(a, b))
+    if len(a) != len(b): return False
+    return all(o.shape == p.shape and torch.equal(o.to(p.device), p) for o,p in zip(a, b))
 
-# %% ../nbs/03_peers.ipynb #d3ac3231
+# %% ../nbs/03_peers.ipynb #55feefa1
 def make_peers(
     model, # A model; a list of k models; or a factory, called without arguments once a peer
     k:int=None, # Number of peers, at least 1; may be left out for a list
-    init:str='all', # For one model: `all` layers draw new weights, or only the `head`, the last group of `splitter`
+    init:str='all', # For one model: `all` layers draw new weights, or the `head`, the last group of `splitter`
     splitter=trainable_params, # Function of a model that gives its parameter groups, head last
     seed:int=None # Seed of the new weights; `None` draws one from torch's global random state
 )->Peers: # In the mode (train or eval) and on the device of `model`
@@ -179,14 +181,15 @@ def make_peers(
     k = check_k(len(models) if k is None and models is not None else k)
     check_seed(seed)
     if init not in ('all','head'):
-        raise ValueError(f"init={init!r} must be 'all' (every layer draws new weights) or 'head' (only the last "
-                         "parameter group)")
+        raise ValueError(f"init={init!r} must be 'all' (every layer draws new weights) or 'head' "
+                         "(only the last parameter group)")
     if models is not None and len(models) != k:
         raise ValueError(f"k={k} does not fit the list of {len(models)} models: pass one model a peer")
     if models is not None: pass
     elif isinstance(model, nn.Module): models = _copies(model, k, init, splitter, seed)
     elif callable(model): models = [model() for _ in range(k)]
-    else: raise ValueError(f"model={model!r} must be a model, a list of models, or a function that makes a model")
+    else: raise ValueError(f"model={model!r} must be a model, a list of models, or a function that "
+                           "makes a model")
     peers = Peers(models)
     if not all_differ(peers.peers): raise ValueError(_same_msg(models[0], init))
     return peers
@@ -202,7 +205,7 @@ def _copies(model, k, init, splitter, seed):
     return [model] + copies
 
 def _detach_computed(model):
-    "Cut tensors that a module computed (fastai's `WeightDropout`) off their history, which cannot be copied"
+    "Cut tensors that a module computed (fastai's `WeightDropout`) off their history: it cannot be copied"
     for m in model.modules():
         for name,o in vars(m).items():
             if isinstance(o, Tensor) and not o.is_leaf: setattr(m, name, o.detach())

@@ -15,7 +15,7 @@ from .ledger import estimate_noise
 from .batch import from_rank0, gather_rows, Selection
 from .step import Part
 
-# %% ../nbs/06_record.ipynb #47e1d1b2
+# %% ../nbs/06_record.ipynb #d565bef5
 def what_is_seen(
     logits:Tensor, # Logits of the peers, shape (k, m, C)
     pred:Tensor, # Log of their mean probability, shape (m, C); with several labels an item, its logit
@@ -26,28 +26,30 @@ def what_is_seen(
     best,given = logits.max(-1).indices,targ.long()
     conf,vote = pred.max(-1)
     prob = pred.gather(-1, given[:,None])[:,0]
-    return dict(prob=prob.exp(), predicted_label=vote, as_given=vote == given, agree=(best == best[0]).all(0),
-                conf=conf.exp(), given_label=given)
+    return dict(prob=prob.exp(), predicted_label=vote, as_given=vote == given,
+                agree=(best == best[0]).all(0), conf=conf.exp(), given_label=given)
 
 def _several_labels(logits, pred, holds):
     best = logits > 0
     none = torch.full_like(holds[:,0], -1, dtype=torch.long)
     prob = torch.where(holds, pred, -pred).sigmoid().mean(-1)
     return dict(prob=prob, predicted_label=none, as_given=((pred > 0) == holds).all(-1),
-                agree=(best == best[0]).all(0).all(-1), conf=pred.abs().sigmoid().mean(-1), given_label=none)
+                agree=(best == best[0]).all(0).all(-1), conf=pred.abs().sigmoid().mean(-1),
+                given_label=none)
 
-# %% ../nbs/06_record.ipynb #b66b04f2
+# %% ../nbs/06_record.ipynb #d66ab594
 def _times_kept(kept, loss):
     "How often each item was kept, from its place in its batch, or from what tells how often already"
     if kept[0].is_floating_point(): return torch.cat(kept)
     starts = itertools.accumulate(map(len, loss), initial=0)
     at = torch.cat([o+start for o,start in zip(kept, starts)])
-    return torch.zeros(sum(map(len, loss)), device=at.device).index_add_(0, at, torch.ones(len(at), device=at.device))
+    times = torch.zeros(sum(map(len, loss)), device=at.device)
+    return times.index_add_(0, at, torch.ones(len(at), device=at.device))
 
 class Sightings:
     "Collect what the batches of an epoch show, and work it out for many of them at once"
-    dtypes = dict(idx=torch.long, repeated=torch.bool, kept=torch.float, loss=torch.float, prob=torch.float,
-                  predicted_label=torch.long, as_given=torch.bool, agree=torch.bool, conf=torch.float,
+    dtypes = dict(idx=torch.long, repeated=torch.bool, kept=torch.float, loss=torch.float,
+                  prob=torch.float, predicted_label=torch.long, as_given=torch.bool, agree=torch.bool, conf=torch.float,
                   given_label=torch.long)
     limit = 2**20 # Numbers that are held before they are worked out
     def __init__(self,
@@ -64,14 +66,16 @@ class Sightings:
     def fold(self):
         "Work out the columns of the batches that are held; a pruned item has no loss"
         at,n,pruned,kept,loss,logits,pred,targ = zip(*self.batches)
-        cols = dict(kept=_times_kept(kept, loss), loss=torch.cat(loss).nan_to_num(torch.inf, torch.inf, torch.inf))
+        finite = torch.cat(loss).nan_to_num(torch.inf, torch.inf, torch.inf)
+        cols = dict(kept=_times_kept(kept, loss), loss=finite)
         cols |= what_is_seen(torch.cat(logits, 1), torch.cat(pred), torch.cat(targ))
         if any(o is not None for o in pruned): cols = self._among_all(cols, n, pruned)
         idx,repeated = ([self._of_batch(o, a, m) for a,m in zip(at, n)] for o in (self.s.items, self.s.repeated))
         self.folded.append(dict(idx=torch.cat(idx).long(), repeated=torch.cat(repeated).bool(), **cols))
         self.batches,self.held = [],0
 
-    def _of_batch(self, o, at, n): return torch.zeros(n, device=self.s.device) if o is None else o[at:at+n]
+    def _of_batch(self, o, at, n):
+        return torch.zeros(n, device=self.s.device) if o is None else o[at:at+n]
 
     def _among_all(self, cols, n, pruned):
         "Columns of the items that were left, as columns of all items"
@@ -85,7 +89,8 @@ class Sightings:
         "All that was collected"
         if self.batches: self.fold()
         if not self.folded:
-            return {name: torch.empty(0, dtype=o, device=self.s.device) for name,o in self.dtypes.items()}
+            device = self.s.device
+            return {name: torch.empty(0, dtype=o, device=device) for name,o in self.dtypes.items()}
         return {name: torch.cat([o[name] for o in self.folded]) for name in self.dtypes}
 
 # %% ../nbs/06_record.ipynb #2a3bde94

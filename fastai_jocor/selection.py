@@ -47,7 +47,7 @@ def forget_schedule(
     rise = np.linspace(0, tau**exponent, num_gradual)
     return np.concatenate([rise, np.full(n_epoch, float(tau))])[:n_epoch]
 
-# %% ../nbs/01_selection.ipynb #dbe75390
+# %% ../nbs/01_selection.ipynb #442028e4
 def keep_count(
     n:int, # Items in the batch
     R:float # Share to drop, in [0, 1)
@@ -62,8 +62,8 @@ def select_small(
     "Find the items with the smallest loss, never one with a NaN or an infinite loss, without a host synchronisation"
     check_forget_rate(R, 'R')
     if loss.ndim != 1 or not len(loss):
-        raise ValueError(f"loss of shape {tuple(loss.shape)} must have one dimension with at least one item: "
-                         "one loss per item")
+        raise ValueError(f"loss of shape {tuple(loss.shape)} must have one dimension with at least "
+                         "one item: one loss per item")
     n,inf = keep_count(len(loss), R),torch.inf
     small,idx = loss.detach().nan_to_num(inf, inf, inf).topk(n, largest=False)
     return idx[torch.arange(n, device=loss.device) % (small < inf).sum().clamp(1, n)]

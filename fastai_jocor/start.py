@@ -19,7 +19,7 @@ from .batch import distributed_world, from_rank0, loaders_talk_over_the_cpu, Sel
 from .step import Part
 from .state import class_names_of, FitState, ItemSource
 
-# %% ../nbs/07b_start.ipynb #a61c3823
+# %% ../nbs/07b_start.ipynb #6004f190
 def refuse_others(
     owner:Callback # A `PeersCallback`
 ):
@@ -27,11 +27,11 @@ def refuse_others(
     for cb in owner.learn.cbs:
         name = type(cb).__name__
         if isinstance(cb, MixHandler):
-            raise ValueError(f"{name} mixes the labels of two items, and small-loss selection needs one label per "
-                             f"item: train without {name}")
+            raise ValueError(f"{name} mixes the labels of two items, and small-loss selection "
+                             f"needs one label per item: train without {name}")
         if isinstance(cb, FitState) and cb is not owner:
-            raise ValueError(f"the learner has a {name} beside this {type(owner).__name__}: one of them trains all "
-                             "peers, so take the other off with learn.remove_cb")
+            raise ValueError(f"the learner has a {name} beside this {type(owner).__name__}: one of "
+                             "them trains all peers, so take the other off with learn.remove_cb")
 
 def look_at_data(
     owner:Callback # A `PeersCallback`; learns what names its items

@@ -20,7 +20,7 @@ from .peers import mean_logit
 from .batch import (check_classes, first_output, known_order, label_column, loaders_talk_over_the_cpu,
                                 plain, Selection)
 
-# %% ../nbs/05_step.ipynb #445dcc3a
+# %% ../nbs/05_step.ipynb #c25c2381
 class Part(Callback):
     "One duty of a `PeersCallback`, which puts its parts onto the learner and takes them off again"
     run_valid = False
@@ -35,14 +35,14 @@ class Part(Callback):
         "Spend nothing on events that the part does not define, nor in validation"
         if self.owner.run and hasattr(type(self), event_name): super().__call__(event_name)
 
-    def undo(self): "Put back what the part changed: called after the fit and when the callback is taken off"
+    def undo(self): "Put back what the part changed, after the fit or when the callback is taken off"
 
-# %% ../nbs/05_step.ipynb #6674548e
+# %% ../nbs/05_step.ipynb #6513ef7d
 def hears(
     cb:Callback, # Any callback
     event_name:str # One of fastai's events
 )->bool: # True also for callbacks with a `__call__` of their own
-    "Whether a callback does anything at an event; all do at the end of a fit, where fastai lets them run again"
+    "Whether a callback does anything at an event; all do after a fit, where fastai lets them run again"
     defined = hasattr(type(cb), event_name) or event_name in vars(cb)
     if isinstance(cb, Part): return defined
     return defined or event_name == 'after_fit' or type(cb).__call__ is not Callback.__call__
@@ -100,7 +100,7 @@ class BatchItems(Part):
         self.of_epoch.close()
         self.of_fit.close()
 
-# %% ../nbs/05_step.ipynb #0e24d3b3
+# %% ../nbs/05_step.ipynb #e53b014b
 def _not_finite(x, n): return ~plain(x).reshape(n, -1).sum(1).isfinite()
 
 def _zero_where(bad, x):
@@ -112,7 +112,8 @@ def without_bad(
 )->Tensor: # Shape (k, N, C)
     "Logits with zeros in the place of those that are not finite or beyond 1e30"
     seen = logits.detach()
-    if s.reads_are_free and s.bad is None and torch.linalg.vector_norm(seen, torch.inf).item() < 1e30: return logits
+    if s.reads_are_free and s.bad is None:
+        if torch.linalg.vector_norm(seen, torch.inf).item() < 1e30: return logits
     bad = ~(seen.abs().amax((0,2)) < 1e30)
     s.bad = bad if s.bad is None else s.bad | bad
     return torch.where(s.bad[:,None], 0., logits)
@@ -154,8 +155,9 @@ class NonFinite(Part):
     def _tell(self):
         if self.told: return
         self.told = True
-        warnings.warn(f"epoch {self.epoch}, batch {self.iter}: no item has a finite loss, or the gradients are not "
-                      "finite; the step is skipped, and so are others of this kind in this fit")
+        warnings.warn(f"epoch {self.epoch}, batch {self.iter}: no item has a finite loss, or the "
+                      "gradients are not finite; the step is skipped, and so are others of this "
+                      "kind in this fit")
 
 # %% ../nbs/05_step.ipynb #3900fa34
 class SmallLoss(Part):
@@ -200,7 +202,7 @@ class SmallLoss(Part):
         if self.learn is not None and self.learn.loss_func == self.loss:
             self.learn.loss_func = self.learn.selection.loss_func
 
-# %% ../nbs/05_step.ipynb #b092e734
+# %% ../nbs/05_step.ipynb #2c06b918
 @contextmanager
 def same_buffers(
     model:nn.Module # Its parameters may change
@@ -218,10 +220,11 @@ def take_items(
 )->Tensor: # Shape (m, ...)
     "Take some items of a batch"
     if isinstance(x, Tensor) and x.ndim and len(x) == n: return x.index_select(0, idx)
-    raise ValueError(f"prune cuts batches down, and does not know how to for an input of type {type(x).__name__}: "
-                     f"all must be tensors whose first dimension is the batch's {n} items")
+    raise ValueError("prune cuts batches down, and does not know how to for an input of type "
+                     f"{type(x).__name__}: all must be tensors whose first dimension is the "
+                     f"batch's {n} items")
 
-# %% ../nbs/05_step.ipynb #35b871f2
+# %% ../nbs/05_step.ipynb #9785d918
 class Prune(Part):
     "Cut each batch down to the items that will be kept, once mixed precision has begun"
     order = 12
@@ -248,7 +251,8 @@ class Prune(Part):
     def _select_as_before(self, s):
         "Select by the loss that each item had when it was last computed; an item without one is kept"
         last = self.owner.items.last_loss[s.idx]
-        if self.owner.behind is not None: last = self.owner.less_behind(last, label_column(plain(self.yb[0])))
+        if self.owner.behind is not None:
+            last = self.owner.less_behind(last, label_column(plain(self.yb[0])))
         last = torch.where(last.isnan(), torch.finfo(last.dtype).min, last)
         return select_small(last if s.bad is None else last.masked_fill(s.bad, torch.inf), s.R)
 
