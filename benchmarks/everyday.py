@@ -7,7 +7,7 @@
 
 FOLDER, or the environment variable FASTAI_JOCOR_DATA, holds the data. Data that are not there are left out, and named:
 
-- `cifar10_features.npz` and `clothing_features.npz`: what a pretrained body sees, as arrays `x_train`, `y_train`, `x_test`
+- `cifar10_features.npz`, `clothing_features.npz`: what a pretrained body sees, as arrays `x_train`, `y_train`, `x_test`
   and `y_test`; CIFAR-10's also with the labels that people gave: `aggre_label`, `random_label1`, `worse_label`;
 - `MNIST/raw`, `adult/adult.csv.gz`, `trec/train_5500.label` and `trec/TREC_10.label`;
 - `cifar10/{train,test}/<class>`, for the slow part.
