@@ -17,6 +17,11 @@ def test_an_old_file_survives_until_the_new_one_is_whole(tmp_path):
 
 text = st.text(st.characters(exclude_categories=['Cs'], exclude_characters='\x00'), max_size=12)
 
+@pytest.mark.parametrize('start', '=+-@\t\r\n\'')
+def test_starts_of_formulas(start):
+    assert safe_cell(f'{start}1') == f"'{start}1" and plain_cell(f"'{start}1") == f'{start}1'
+    assert safe_cell(f'1{start}') == plain_cell(f'1{start}') == f'1{start}'
+
 @given(st.lists(text, max_size=8))
 def test_cells_are_safe_and_come_back(names):
     assert [plain_cell(safe_cell(o)) for o in names] == names

@@ -35,17 +35,16 @@ def _from_csv(source, file_col, label_col):
                          f"it has {', '.join(map(repr, df))}; name them with --file-col and --label-col")
     return df[[file_col, label_col]].set_axis(['file', 'label'], axis=1)
 
-def _check_labels(df):
+def _problems(df):
     "Yield what is wrong with a list of labels"
     text = df.label.str.strip()
-    for o in df.file[text == '']:
-        n = (text == '').sum()
-        yield f"gives no label to {n} of {len(df)} files, such as {o!r}: label them, or leave them out"
-    for o in df.label[df.label != text]:
-        yield f"holds labels with spaces around them, such as {o!r}: remove them, or they make another class"
-    twice = df.file.duplicated()
-    for o in df.file[twice]:
-        yield f"names {twice.sum()} files more than once, such as {o!r}: name each file once, with one label"
+    blank,spaced,twice = df.file[text == ''],df.label[df.label != text],df.file[df.file.duplicated()]
+    for o in blank:
+        yield f"gives no label to {len(blank)} of {len(df)} files, such as {o!r}: label them, or leave them out"
+    for o in spaced:
+        yield f"holds labels with spaces around them, such as {o!r}: remove them, or they make a new class"
+    for o in twice:
+        yield f"names {len(twice)} files more than once, such as {o!r}: name each file once, with one label"
     if df.label.nunique() < 2:
         yield f"holds {df.label.nunique()} class: at least two are needed to tell a wrong label"
 
@@ -60,7 +59,7 @@ def read_labels(
     elif source.is_file(): df = _from_csv(source, file_col, label_col)
     else: raise ValueError(f"source={str(source)!r} does not exist: "
                            "it must be a folder with a folder of images for each class, or a CSV")
-    for problem in _check_labels(df): raise ValueError(f"source={str(source)!r} {problem}")
+    for problem in _problems(df): raise ValueError(f"source={str(source)!r} {problem}")
     return df
 
 # %% ../../nbs/lab/05_review.ipynb #5e71e021
@@ -96,27 +95,20 @@ def audit_learner(
 
 # %% ../../nbs/lab/05_review.ipynb #5e71e031
 def thumbnail(
-    file, # Image file
-    size:int=96 # Longest side, in pixels
-)->str: # A JPEG as a data URL; empty where the file is no image
+    file # Image file
+)->str: # A JPEG of at most 96×96 pixels as a data URL; empty where the file is no image
     "Make a small picture of an image file"
     out = io.BytesIO()
     try:
         with Image.open(file) as im:
-            im.draft('RGB', (2*size, 2*size))
+            im.draft('RGB', (192, 192))
             im = im.convert('RGB')
-            im.thumbnail((size, size))
+            im.thumbnail((96, 96))
             im.save(out, 'JPEG', quality=80)
     except Exception: return ''
     return data_url(out.getvalue(), 'jpeg')
 
 def _hash(o): return hashlib.blake2b(repr(o).encode(), digest_size=16).hexdigest()
-
-def _json(data):
-    "JSON that is safe inside of a script element"
-    text = json.dumps(data)
-    for o in '<>&': text = text.replace(o, f'\\u{ord(o):04x}')
-    return text
 
 def review_page(
     suspects:pd.DataFrame, # Of `cb.suspects()`; `item` are image files
@@ -124,19 +116,16 @@ def review_page(
     root='', # Folder that relative paths start from
     bad:list=(), # Files that could not be read
     note:str='', # A sentence to show above the suspects
-    size:int=96, # Longest side of a picture, in pixels
     pictures:list=None # Data URLs of pictures; `None` makes them from the files
 ):
     "Write the page on which suspects are looked at and decided"
-    if pictures is None:
-        files = [Path(root)/o for o in suspects['item']]
-        pictures = parallel(partial(thumbnail, size=size), files, n_workers=0, progress=False)
+    if pictures is None: pictures = [thumbnail(Path(root)/o) for o in suspects['item']]
     table = suspects[['item', 'given_label', 'predicted_label', 'evidence']].astype(str)
     score = suspects.score.astype(float).round(4)
-    table = table.assign(position=suspects.index, score=score, picture=list(pictures))
-    key = 'review-' + _hash([(int(i), o) for i,o in zip(table.index, table['item'])])
-    data = dict(rows=table.to_dict('records'), bad=[str(o) for o in bad], note=note, key=key)
-    body = template('review.html', data=_json(data))
+    table = table.assign(position=suspects.index, score=score, picture=pictures)
+    key = 'review-' + _hash(table[['position', 'item']].values.tolist())
+    data = json.dumps(dict(rows=table.to_dict('records'), bad=[str(o) for o in bad], note=note, key=key))
+    body = template('review.html', data=data.replace('<', r'\u003c'))
     write_text(file, page('Label audit', body, template('review.css'), template('review.js')))
 
 # %% ../../nbs/lab/05_review.ipynb #5e71e041
@@ -153,11 +142,9 @@ def _train(df, bad, root, k, epochs, size, bs, seed, checkpoint):
     "Train on the files, and return the callback"
     learn = audit_learner(df, root, size, bs, checkpoint.parent, seed)
     learn.remove_cb(ProgressCallback)
-    said = f'{len(df)} images in {df.label.nunique()} classes'
-    if bad: said += f', {len(bad)} cannot be read'
-    if checkpoint.exists(): said += ', going on with the audit that was interrupted'
-    if not learn.pretrained: said += '; no pretrained weights on this machine, so training starts from scratch'
-    print(said, flush=True)
+    print(f'{len(df)} images in {df.label.nunique()} classes; {len(bad)} other files cannot be read')
+    if checkpoint.exists(): print('going on with the audit that was interrupted')
+    if not learn.pretrained: print('no pretrained weights on this machine: training starts from scratch')
     cb = JoCorCallback(k=k, forget_rate='auto', seed=seed)
     config = dict(files=_hash(df.values.tolist()), k=k, size=size, bs=bs, seed=seed)
     learn.fit_one_cycle(epochs, 1e-3, cbs=[cb, Checkpoint(checkpoint, config=config)])
@@ -181,10 +168,8 @@ def audit(
     "Find the labels of images that look wrong: write suspects.csv and suspects.html"
     check_k(k)
     check_seed(seed)
-    for name,v in dict(epochs=epochs, size=size, bs=bs).items():
-        check_number(name, v, lambda v: isinstance(v, int) and v >= 1, 'be an integer of at least 1')
-    whole = lambda v: isinstance(v, int) and v >= 0
-    if n is not None: check_number('n', n, whole, 'be a number of suspects, at least 0')
+    for name,v,least in ('epochs',epochs,1),('size',size,1),('bs',bs,1),('n',ifnone(n, 0),0):
+        check_number(name, v, lambda v: isinstance(v, int) and v >= least, f'be an integer of at least {least}')
     source,out = Path(source),Path(out)
     root = Path(path or (source if source.is_dir() else source.parent))
     good,bad = _readable_labels(read_labels(source, file_col, label_col), root)
@@ -212,8 +197,8 @@ def apply_reviewed(
     labels = df.set_index('file').label
     for r in reviewed.itertuples():
         for problem in _check_decision(r, labels.get(r.item)): raise ValueError(problem)
-    twice = reviewed['item'][reviewed['item'].duplicated()]
-    for o in twice: raise ValueError(f"{o!r} was reviewed more than once: leave one decision for each file")
+    for o in reviewed['item'][reviewed['item'].duplicated()]:
+        raise ValueError(f"{o!r} was reviewed more than once: leave one decision for each file")
     decided = reviewed.set_index('item')
     relabel,drop = (decided[decided.decision == o] for o in ('relabel', 'drop'))
     new = df.assign(label=df.file.map(relabel.predicted_label).fillna(df.label))
@@ -242,8 +227,7 @@ def write_cleaned(
         raise ValueError(f"apply={str(reviewed)!r} does not exist: export reviewed.csv from suspects.html")
     if file.exists() and file.resolve() == Path(source).resolve():
         raise ValueError(f"out={str(out)!r} would write over {source}: name another folder")
-    new = apply_reviewed(df, read_table(reviewed))
-    whole = new
+    new = whole = apply_reviewed(df, read_table(reviewed))
     if Path(source).is_file(): whole = read_table(source).loc[new.index].assign(**{label_col: new.label})
     file.parent.mkdir(parents=True, exist_ok=True)
     write_table(whole, file, index=False)
