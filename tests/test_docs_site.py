@@ -104,7 +104,7 @@ def imports():
 def test_architecture_page_is_the_code():
     outputs = [o.get('data', {}) for c in docs.cells(NBS/'architecture.ipynb') for o in c.get('outputs', [])]
     markdown = [''.join(o.get('text/markdown', '')) for o in outputs]
-    table = next(o for o in markdown if '| module |' in o)
+    table = '\n'.join(o for o in markdown if '| module |' in o)
     rows = re.findall(r'(?m)^\| \[([\w.]+)\]\(([\w/]+)\.ipynb\) \|.*\| ([\w., –]+) \|$', table)
     shown = {m: set() if uses == '–' else set(uses.split(', ')) for m,_,uses in rows}
     assert shown == imports(), 'run nbs/architecture.ipynb anew and keep what it shows'
