@@ -37,15 +37,15 @@ class Part(Callback):
 
     def undo(self): "Put back what the part changed, after the fit or when the callback is taken off"
 
-# %% ../nbs/05_step.ipynb #6513ef7d
+# %% ../nbs/05_step.ipynb #cd9620c6
 def hears(
     cb:Callback, # Any callback
     event_name:str # One of fastai's events
 )->bool: # True also for callbacks with a `__call__` of their own
     "Whether a callback does anything at an event; all do after a fit, where fastai lets them run again"
-    defined = hasattr(type(cb), event_name) or event_name in vars(cb)
-    if isinstance(cb, Part): return defined
-    return defined or event_name == 'after_fit' or type(cb).__call__ is not Callback.__call__
+    if hasattr(type(cb), event_name) or event_name in vars(cb): return True
+    if isinstance(cb, Part): return False
+    return event_name == 'after_fit' or type(cb).__call__ is not Callback.__call__
 
 def call_listeners(learn, event_name):
     "Call the callbacks that define an event, in their order"
