@@ -47,22 +47,19 @@ def read_label_file(
                          "clean_label among them")
     return res
 
-# %% ../nbs/11_human.ipynb #01d58f59
+# %% ../nbs/11_human.ipynb #dd136b96
 def file_number(
     name # Name or path of a file
 )->int: # Its number, or `None` where the name holds none, or several
     "Return the number in a file's name: one that stands alone, as in `cifar10_0017`, or the only one, as in `cat17`"
     stem = Path(str(name)).stem if '.' in str(name) else Path(str(name)).name
-    for pattern in (r'(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])', r'\d+'):
-        found = re.findall(pattern, stem)
-        if found: return int(found[0]) if len(found) == 1 else None
+    found = re.findall(r'(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])', stem) or re.findall(r'\d+', stem)
+    return int(found[0]) if len(found) == 1 else None
 
 def _number(key):
     n = file_number(key)
-    if n is None:
-        raise ValueError(f"item {str(key)!r} holds no number in its name, or several, "
-                         "so its human label cannot be found")
-    return n
+    if n is not None: return n
+    raise ValueError(f"item {str(key)!r} holds no number in its name, or several, so its human label cannot be found")
 
 # %% ../nbs/11_human.ipynb #d143be2d
 _human = dict(aggre='aggre_label', random1='random_label1', random2='random_label2', random3='random_label3',

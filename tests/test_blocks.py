@@ -10,6 +10,7 @@ from fastai.vision.all import (ColReader, DataBlock, ImageBlock, IndexSplitter, 
 from fastai_jocor.noise import *
 from fastai_jocor.instance import InstanceDependent
 from fastai_jocor.blocks import *
+from fastai_jocor.blocks import _ItemNote
 
 def frame(n=240): return pd.DataFrame(dict(x=range(n), y=['cat','dog','owl']*(n//3)))
 
@@ -165,7 +166,7 @@ def test_a_table_is_not_exported_and_its_flips_are_shown(monkeypatch):
     import cloudpickle, IPython.display as ipd
     dls = table(frame().assign(a=list('pqrs')*60), Symmetric(1.)).dataloaders(bs=20)
     again = pickle.loads(cloudpickle.dumps(dls.train.dataset.procs))
-    note = next(t for t in again.fs if isinstance(t, ItemNote))
+    note = next(t for t in again.fs if isinstance(t, _ItemNote))
     assert note.item is None
     note('an item')
     assert note.item == 'an item' and pickle.loads(pickle.dumps(note)).item is None
