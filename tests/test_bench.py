@@ -115,7 +115,7 @@ def test_summary_keeps_last_epochs_and_best_epoch_apart():
     assert (s['ensemble_accuracy'], s['best_accuracy'], s['best_epoch'], s['peer_accuracy']) == (pytest.approx(.7), .9, 1, pytest.approx(.4))
 
 def test_cifar_by_name(tmp_path):
-    from test_data import make_cifar
+    from image_files import make_cifar
     from fastai_jocor.noise import cifar10_classes
     make_cifar(tmp_path/'cifar10', cifar10_classes, 6, 6)
     p = script('jocor_train', '--dataset', 'cifar10', '--path', tmp_path, '--noise', 'instance:0.3', '--subset', 40, '--augment', 'crop_flip', '--epochs', 2, '--bs', 20, '--out', tmp_path/'run', '--threads', 1)

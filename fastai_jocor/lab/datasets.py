@@ -78,7 +78,7 @@ def _not_found(name, looked, wanted, download, e):
     why = f"the download failed: {e}" if download else "download=True fetches it where there is a network"
     return FileNotFoundError(f"path: no {name} found in {' or '.join(map(str,looked))}: expected {wanted}; {why}")
 
-# %% ../../nbs/lab/01_datasets.ipynb #48f9c497
+# %% ../../nbs/lab/01_datasets.ipynb #84eb192b
 class _Files:
     "Image files as a data set of arrays (H, W, 3)"
     def __init__(self, files): self.items = files
@@ -120,6 +120,7 @@ def _read_folders(root, classes, progress):
     images = _read_items([(_Files([f for _,_,f in items]),noop)], progress=progress)[0]
     return images,labels,len(files[0]),have,keys
 
+# %% ../../nbs/lab/01_datasets.ipynb #956e5926
 def _read_batches(name, path, found, download):
     "Data from torchvision's python batches"
     cls,folder,_ = _cifar[name]
