@@ -36,6 +36,8 @@ def test_the_matrix_in_the_order_of_the_classes(human):
     file,d = human
     T = HumanLabels(file, 'worse').transition(cifar10_classes)
     back = HumanLabels(file, 'worse').transition(cifar10_classes[::-1])
+    mirrored = HumanLabels(file, 'worse').corrupt(9-d['clean_label'], cifar10_classes[::-1])
+    assert (mirrored == 9-d['worse_label']).all()
     assert np.allclose(T, back[::-1,::-1]) and T[3,3] == (d['worse_label'][d['clean_label']==3]==3).mean()
 
 def test_names_without_a_number(tmp_path, human):
