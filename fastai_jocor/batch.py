@@ -17,15 +17,21 @@ from fastai.layers import NoneReduce
 from fastai.torch_core import get_random_states, set_random_states
 
 # %% ../nbs/04_batch.ipynb #dae3f60a
-def plain(t):
-    "A tensor without fastai's subclass, whose dispatch costs time; anything else as it is"
+def plain(
+    t # A tensor, or anything else
+)->object: # Anything else as it is
+    "A tensor without fastai's subclass, whose dispatch costs time"
     return t.as_subclass(Tensor) if isinstance(t, Tensor) else t
 
-def first_output(pred):
+def first_output(
+    pred # Output of a model: logits, or a `tuple` that begins with them
+)->Tensor: # Logits
     "The logits of a model that also gives other outputs"
     return pred[0] if isinstance(pred, (tuple,list)) else pred
 
-def label_column(y):
+def label_column(
+    y:Tensor # Labels, shape (N,) or (N, 1), or (N, C) of several labels an item
+)->Tensor: # Shape (N,), or (N, C)
     "Labels of shape (N, 1), as tables give them, as (N,)"
     return y[:,0] if y.ndim == 2 and y.shape[1] == 1 and not y.is_floating_point() else y
 
@@ -76,7 +82,10 @@ def _lasts(idxs): return isinstance(idxs, (list,tuple,L,np.ndarray,Tensor))
 
 class ItemOrder:
     "Call a loader's `get_idxs`, and keep what it returned"
-    def __init__(self, get, n): self.get,self.n,self.idxs = get,n,None
+    def __init__(self,
+        get, # A loader's `get_idxs`
+        n:int # Items in an epoch, where it gives an iterator
+    ): self.get,self.n,self.idxs = get,n,None
     def __call__(self):
         idxs = self.get()
         self.idxs = idxs if _lasts(idxs) else list(itertools.islice(idxs, self.n))
@@ -131,7 +140,9 @@ def distributed_world(
     if not any(type(cb).__name__ == 'DistributedTrainer' for cb in learn.cbs): return 1
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
-def from_rank0(o):
+def from_rank0(
+    o # A value that may differ between the processes
+)->object: # The value of the first
     "The value that the first process has"
     box = [o]
     torch.distributed.broadcast_object_list(box, 0)
@@ -174,7 +185,7 @@ class Selection:
     checked:bool = False # Whether a batch was found to be one that can be trained on
     per_sample:callable = None # As `per_sample_loss` gives it
     multi_label:bool = False # Whether an item may have several labels
-    n_classes:int = None
+    n_classes:int = None # Number of classes
     tells:bool = False # Whether the loader tells which items it gives
     loss_func:callable = None # The learner's own
     last_loss:Tensor = None # The latest finite loss, for the table

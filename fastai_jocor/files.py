@@ -36,13 +36,13 @@ _formula = ('=', '+', '-', '@', '\t', '\r', '\n', "'")
 
 def safe_cell(
     o # A cell
-): # Text that would be run as a formula gets a `'` in front; anything else is returned as it is
+)->object: # Text that would be run as a formula gets a `'` in front; anything else is returned as it is
     "Escape text that a spreadsheet would run as a formula, and text that starts with `'`"
     return f"'{o}" if isinstance(o, str) and o.startswith(_formula) else o
 
 def plain_cell(
     o # A cell
-): # The cell before `safe_cell`
+)->object: # The cell before `safe_cell`
     "Undo `safe_cell`"
     escaped = isinstance(o, str) and o[:1] == "'" and o[1:].startswith(_formula)
     return o[1:] if escaped else o
@@ -71,7 +71,7 @@ def _is_csv(file):
 def save_ledger(
     ledger:pd.DataFrame, # `cb.ledger`
     file # Ends in `.parquet`, or in `.csv`
-):
+)->None:
     "Write a ledger to a file"
     if _is_csv(file): return write_table(ledger, file)
     ledger = ledger.assign(item=[str(o) for o in ledger['item']])

@@ -91,8 +91,8 @@ def _latest(self:Ledger, idx, loss, vote, ok):
 
 # %% ../nbs/02_ledger.ipynb #592d66a7
 @patch
-def frame(self:Ledger):
-    "The figures as a table, one row per item: means over what was seen, NaN for items that never were"
+def frame(self:Ledger)->pd.DataFrame: # One row per item
+    "The figures as a table: means over what was seen, NaN for items that never were"
     f = {name: o.cpu().numpy() for name,o in self.state().items()}
     as_they_are = {name: f[name] for name in ('last_loss','recent_loss','given_label','predicted_label')}
     sums = dict(loss='loss', prob='prob', conf='conf', votes_given='as_given', agreement='agreed')

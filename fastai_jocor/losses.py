@@ -42,7 +42,7 @@ def check_choice(
     name:str, # Name of the argument, for the error
     value, # What was given
     choices:tuple # What it may be
-):
+)->object: # `value`
     "Return `value`, or raise a `ValueError` if it is none of the choices"
     if value in choices: return value
     raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")

@@ -19,7 +19,7 @@ from .files import write_aside
 # %% ../nbs/07_resume.ipynb #eab6d408
 def plain_values(
     o # Tensors, numbers, text, `None`, and `dict`, `list`, `tuple` of them; numpy's numbers and arrays, fastai's `L`
-): # The same in what `torch.load` reads with `weights_only`
+)->object: # The same in what `torch.load` reads with `weights_only`
     "Turn nested values into plain ones"
     if isinstance(o, dict): return {k: plain_values(v) for k,v in o.items()}
     if isinstance(o, (list,tuple,L)): return [plain_values(v) for v in o]

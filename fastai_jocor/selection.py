@@ -92,8 +92,11 @@ def precision_and_recall(
     hit = times[clean].sum()
     return share(hit, times.sum()), share(hit, clean.sum())
 
-def share(a, b):
-    "`a/b` as a number; NaN where `b` is 0"
+def share(
+    a:float, # A part
+    b:float # The whole
+)->float: # NaN where `b` is 0
+    "`a/b` as a number"
     return float(a)/float(b) if b else float('nan')
 
 # %% ../nbs/01_selection.ipynb #8aafb3c7

@@ -18,7 +18,7 @@ from .step import Part
 
 # %% ../nbs/06b_state.ipynb #e039ca56
 def class_names_of(
-    dls:DataLoaders
+    dls:DataLoaders # With or without a vocabulary
 )->list: # `None` if there are none
     "Names of the classes"
     try: vocab = dls.vocab
@@ -121,10 +121,12 @@ class FitState:
 
 # %% ../nbs/06b_state.ipynb #bc7c985b
 @patch(as_prop=True)
-def estimated_rate(self:FitState): return float('nan') if self.estimate is None else self.estimate.rate
+def estimated_rate(self:FitState)->float: # NaN as long as there is no estimate
+    "The estimated share of wrong labels"
+    return float('nan') if self.estimate is None else self.estimate.rate
 
 @patch(as_prop=True)
-def columns(self:FitState):
+def columns(self:FitState)->list: # In their order
     "Names of the columns of the epoch table"
     return (['R','kept','agreement'] + ['noise_rate']*self.estimates
             + ['label_precision','label_recall']*(self.noise is not None) + ['non_finite'])

@@ -47,7 +47,10 @@ def hears(
     if isinstance(cb, Part): return False
     return event_name == 'after_fit' or type(cb).__call__ is not Callback.__call__
 
-def call_listeners(learn, event_name):
+def call_listeners(
+    learn:Learner, # With its callbacks
+    event_name:str # One of fastai's events
+):
     "Call the callbacks that define an event, in their order"
     for cb in sorted(learn.cbs, key=attrgetter('order')):
         if hears(cb, event_name): cb(event_name)
@@ -62,7 +65,9 @@ class QuickEvents(Part):
 class BatchItems(Part):
     "Find which training items are in the batch"
     order = -7
-    def __init__(self, owner):
+    def __init__(self,
+        owner:Callback # The `PeersCallback` that this is a part of
+    ):
         super().__init__(owner)
         self.of_fit,self.of_epoch = ExitStack(),ExitStack()
 

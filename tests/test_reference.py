@@ -21,7 +21,8 @@ def public(module):
     mod = importlib.import_module(f'fastai_jocor.{module}')
     for name in mod.__all__: yield name,getattr(mod, name)
     for node in tree(module).body:
-        if not isinstance(node, ast.FunctionDef) or 'patch' not in decorators(node): continue
+        if not isinstance(node, ast.FunctionDef) or node.name.startswith('_'): continue
+        if 'patch' not in decorators(node): continue
         o = inspect.getattr_static(getattr(mod, ast.unparse(node.args.args[0].annotation)), node.name)
         yield node.name,getattr(o, 'fget', o)
 
