@@ -71,7 +71,7 @@ def _bytes(o, root):
     raise ValueError(f"an item of type {type(o).__name__} does not tell which item it is: use paths, numbers, strings, "
                      "rows of a DataFrame, arrays, or tuples of these")
 
-# %% ../nbs/12_blocks.ipynb #4e2b953c
+# %% ../nbs/12_blocks.ipynb #d27a9464
 class _ItemNote(Transform):
     "Keep the item whose label is about to be read; runs before the label's getter"
     order = -1000
@@ -89,7 +89,7 @@ class NoisyLabel(DisplayedTransform):
     def __init__(self,
         labels:dict, # From an item's key to its given label
         noise:NoiseRecord, # The record of the corruption
-        note:_ItemNote, # Knows the item that is being read
+        note, # The first step of the pipeline, which knows the item that is being read
         root:str='', # Folder to which paths are taken relative
         inputs:bool=False # Whether the last entry of an item is its label, and does not identify it
     ): self.labels,self.noise,self.note,self.root,self.inputs = labels,noise,note,root,inputs
