@@ -126,7 +126,7 @@ def assert_shown(pattern, notebook, holds=''):
     assert re.search(pattern, shown(notebook, holds)), f'run nbs/{notebook} anew and keep what it shows: {pattern}'
 
 def test_pages_show_the_results_that_are_there():
-    from fastai_jocor.lab.report import read_results
+    from fastai_jocor.lab.tables import read_results
     df = read_results(RESULTS/'mnist_protocol')
     some = df[(df.noise == 'symmetric:0.5') & df.label.isin(['standard','jocor k=2','jocor k=3'])]
     for _,runs in some.groupby('label'):
@@ -136,8 +136,7 @@ def test_pages_show_the_results_that_are_there():
     for name,n in (('digits',digits), ('MNIST',len(df))):
         assert_shown(rf'(?m)^{name} +{n} ', 'tutorials/three_or_two.ipynb', 'read_results(')
     grid = RESULTS/'mnist_lambda_tau'
-    says = f'{len(read_results(grid))} runs on MNIST' if grid.exists() else 'is not among the results yet'
-    assert_shown(says, 'tutorials/choosing.ipynb')
+    assert_shown(f'{len(read_results(grid))} runs on MNIST', 'tutorials/choosing.ipynb')
     assert_shown(f'Of the {len(df)} runs in that folder', 'design.ipynb')
 
 def test_pages_that_others_start_from():

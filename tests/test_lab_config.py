@@ -1,0 +1,70 @@
+"Configurations of runs, methods, and grids in YAML."
+import pytest
+from fastai_jocor.callback import JoCorCallback
+from fastai_jocor.lab.config import Method, RunConfig, methods
+from fastai_jocor.lab.grid import check_grid
+from fastai_jocor.lab.results import run_dir
+from fastai_jocor.lab.spec import read_grid
+from lab_helpers import ROOT
+
+def test_grids_of_the_project():
+    cfgs = read_grid(ROOT/'benchmarks'/'digits.yaml')
+    assert len(cfgs) == 720 and len(check_grid(cfgs, 'x')) == 720
+    assert [c.seed for c in cfgs] == sorted(c.seed for c in cfgs)
+    names = ['standard','co_teaching k=2','co_teaching_plus k=2','forward','sce','jocor k=1','jocor k=2','jocor k=3',
+             'jocor k=3 kl_circular','jocor k=5 ce_circular']
+    assert {c.name for c in cfgs} >= set(names)
+    cfgs = read_grid(ROOT/'benchmarks'/'mnist_protocol.yaml')
+    assert [c.seed for c in cfgs] == sorted(c.seed for c in cfgs)
+    assert {c.noise for c in cfgs[:24]} == {'symmetric:0.2','symmetric:0.5','symmetric:0.8','asymmetric:0.4'}
+    assert {(c.dataset,c.epochs,c.bs,c.lr,c.schedule) for c in cfgs} == {('mnist',200,128,1e-3,'paper')}
+
+def test_grid_from_a_file(tmp_path):
+    runs = 'runs:\n  - method: standard\n  - {k: [2, 3]}\n'
+    (tmp_path/'g.yaml').write_text('epochs: 2\nlr: 1e-2\nseed: [0-1, 5]\n' + runs)
+    cfgs = read_grid(tmp_path/'g.yaml')
+    names = ('standard','jocor k=2','jocor k=3')
+    assert [(c.seed,c.name) for c in cfgs] == [(s,n) for s in (0,1,5) for n in names] and {c.lr for c in cfgs} == {1e-2}
+    cfgs = read_grid(tmp_path/'g.yaml', seed='7', noise='none, pairflip:0.2', method='jocor', k='2')
+    assert [(c.seed,c.noise,c.name) for c in cfgs] == [(7,'none','jocor k=2'), (7,'pairflip:0.2','jocor k=2')]
+
+def test_a_method_is_chosen_among_the_runs_of_a_grid():
+    def names(file, **over):
+        return [(c.seed,c.noise,c.name,c.co_lambda) for c in read_grid(ROOT/'benchmarks'/file, **over)]
+    for file in ('mnist_protocol.yaml','digits.yaml'):
+        every = names(file)
+        for m in ('standard','jocor','co_teaching'):
+            assert names(file, method=m) == [o for o in every if o[2].split()[0] == m]
+    there = "method='sce' is in none of the runs of the grid, which are of standard, jocor, co_teaching, co_t"
+    with pytest.raises(ValueError, match=there): names('mnist_protocol.yaml', method='sce')
+    with pytest.raises(ValueError, match="mnist_protocol.yaml: method='jocr' is unknown: did you mean 'jocor'"):
+        names('mnist_protocol.yaml', method='jocr')
+    with pytest.raises(ValueError, match="^seed='3-1'"): read_grid(None, seed='3-1')
+
+class Timid(JoCorCallback):
+    "Keep a little more than JoCoR does"
+    def __init__(self, shy=.5, **kwargs):
+        super().__init__(**kwargs)
+        self.shy = shy
+
+def test_a_method_in_one_line(monkeypatch):
+    monkeypatch.setitem(methods, 'timid', Method(Timid))
+    cfg = RunConfig(method='timid', k=3, epochs=3, options=dict(shy=.25, exponent=2.))
+    assert cfg.name == 'timid k=3 exponent=2.0 shy=0.25' and (cfg.callback().shy, cfg.callback().exponent) == (.25,2.)
+    assert run_dir('', cfg).name == 'digits-symmetric0.5-timid_k3_exponent2.0_shy0.25-epochs3-seed0'
+    with pytest.raises(ValueError, match="do not fit method='timid'.*'shi'"):
+        RunConfig(method='timid', options=dict(shi=1))
+
+def test_fields_that_a_method_does_not_take_play_no_part(monkeypatch):
+    monkeypatch.setitem(methods, 'narrow', Method(Timid, ('k','forget_rate')))
+    assert RunConfig(method='narrow', contrast='ce', co_lambda=.2).plain() == RunConfig(method='narrow').plain()
+    assert RunConfig(method='narrow', k=3).plain() != RunConfig(method='narrow').plain()
+    assert RunConfig(method='standard', k=5, forget_rate=.3).plain() == RunConfig(method='standard', k=1)
+
+def test_clean_labels_drop_nothing():
+    assert RunConfig(noise='none').callback().forget_rate == 0 and RunConfig().callback().forget_rate is None
+
+def test_names_do_not_grow_without_bound(monkeypatch):
+    monkeypatch.setitem(methods, 'any', Method(lambda **options: JoCorCallback()))
+    a,b = (RunConfig(method='any', options=dict(watch=list(range(n)))) for n in (100,101))
+    assert len(run_dir('', a).name) <= 200 and run_dir('', a) != run_dir('', b)
