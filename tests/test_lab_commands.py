@@ -51,7 +51,7 @@ def test_demo_command(tmp_path):
     assert '6/6' in p.stdout and '±' in p.stdout and (tmp_path/'demo.png').stat().st_size > 5000
 
 def test_cifar_by_name(tmp_path):
-    from test_data import make_cifar
+    from image_files import make_cifar
     from fastai_jocor.noise import cifar10_classes
     make_cifar(tmp_path/'cifar10', cifar10_classes, 6, 6)
     p = script('jocor_train', '--dataset', 'cifar10', '--path', tmp_path, '--noise', 'instance:0.3', '--subset', 40,

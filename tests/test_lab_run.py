@@ -120,7 +120,7 @@ def test_a_loss_as_a_method(tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(run(cfg, tmp_path, verbose=False, extras=False, resume=True)[1], whole)
 
 def test_convolutions_are_in_the_faster_layout_on_a_cpu(tmp_path):
-    from test_data import make_cifar
+    from image_files import make_cifar
     from fastai_jocor.noise import cifar10_classes
     make_cifar(tmp_path/'cifar10', cifar10_classes, 6, 6)
     learn = run_learner(RunConfig('cifar10', noise='symmetric:0.2', bs=20), tmp_path)
