@@ -61,7 +61,7 @@ def _number(key):
     if n is not None: return n
     raise ValueError(f"item {str(key)!r} holds no number in its name, or several, so its human label cannot be found")
 
-# %% ../nbs/11_human.ipynb #d143be2d
+# %% ../nbs/11_human.ipynb #301f2808
 _human = dict(aggre='aggre_label', random1='random_label1', random2='random_label2', random3='random_label3',
               worse='worse_label', noisy='noisy_label')
 
@@ -84,7 +84,7 @@ class HumanLabels(LabelNoise):
     def _args(self): return [Path(self.file).name, self.which]
     @property
     def rate(self): return float((self.clean != self.noisy).mean())
-    def noise_rate(self, labels, classes): return self.rate if len(labels) else 0.
+    def _expected(self, y, classes): return self.rate
     def official(self): raise ValueError(f"{self} draws nothing: it gives the labels of the file")
     def transition(self, classes):
         ours = self._order(classes).argsort()

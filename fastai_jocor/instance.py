@@ -44,7 +44,7 @@ def _unequal(o, a, b):
     return ValueError(f"item {str(o)[:200]} holds {a} numbers, others {b}: images must be of one size; "
                       "size=32 shrinks them for the draw")
 
-# %% ../nbs/10b_instance.ipynb #d7cb95f5
+# %% ../nbs/10b_instance.ipynb #c689dba7
 def _seed(seed, *names): return _hash64('/'.join(map(str, (int(seed),*names))))
 
 def _softmax_but(z, i):
@@ -68,14 +68,11 @@ class InstanceDependent(LabelNoise):
         self.exact,self.size,self.get_x = exact,size,get_x
 
     def _args(self):
-        args = [self.rate]
-        if self.std != 0.1 or self.size: args.append(self.std)
-        return args + ([self.size] if self.size else [])
+        if self.size: return [self.rate, self.std, self.size]
+        return [self.rate] if self.std == 0.1 else [self.rate, self.std]
     def transition(self, classes):
         raise ValueError(f"{self} has no matrix for all items: the realised one is in the record of the corruption")
-    def noise_rate(self, labels, classes):
-        if self.exact: return self.rate
-        return float(self._rates().mean()) if len(labels) else 0.
+    def _expected(self, y, classes): return self.rate if self.exact else float(self._rates().mean())
     def _rates(self):
         from scipy.stats import truncnorm
         return truncnorm(-self.rate/self.std, (1-self.rate)/self.std, loc=self.rate, scale=self.std)

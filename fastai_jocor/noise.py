@@ -54,7 +54,7 @@ class LabelNoise:
     ):
         "Raise a `ValueError` if the noise model does not fit this data set; any data set fits a matrix"
 
-# %% ../nbs/10_noise.ipynb #c0b00948
+# %% ../nbs/10_noise.ipynb #ae56e741
 @patch
 def corrupt(self:LabelNoise,
     labels, # True labels, shape (n,), class indices in [0, C)
@@ -69,7 +69,7 @@ def corrupt(self:LabelNoise,
     for name,o in (('keys',keys),('items',items)):
         if o is not None and len(o) != n: raise ValueError(f"{name} holds {len(o)} entries for {n} labels: one each")
     if n == 0: return y
-    if self.rate > 1e-12 and self.noise_rate(y, classes) == 0:
+    if self.rate > 1e-12 and self._expected(y, classes) == 0:
         raise ValueError(f"{self} cannot reach its rate: none of the {n} items belongs to a class that it corrupts")
     return self._draw(y, classes, seed, np.arange(n) if keys is None else keys, items)
 
@@ -94,7 +94,10 @@ def noise_rate(self:LabelNoise,
 )->float: # Expected share of wrong labels, in [0, 1]
     "Return the share of these labels that the matrix corrupts on average"
     y = check_labels(labels, _n_classes(classes))
-    return float((1-np.diag(self.transition(classes)))[y].mean()) if len(y) else 0.
+    return self._expected(y, classes) if len(y) else 0.
+
+@patch
+def _expected(self:LabelNoise, y, classes): return float((1-np.diag(self.transition(classes)))[y].mean())
 
 # %% ../nbs/10_noise.ipynb #45633c26
 class Symmetric(LabelNoise):
