@@ -102,7 +102,7 @@ torch.set_num_threads(1)
 def now(key): return int(next(l.split()[1] for l in open('/proc/self/status') if l.startswith(key)))/1024
 def make(n, bs):
     X,y = np.full((n,64,64,3), 7, np.uint8),np.arange(n)%2
-    return InMemoryDataLoaders.from_arrays(X, y, bs=bs, val_bs=bs, device='cpu', {CASES[case]})
+    return InMemoryDataLoaders.from_arrays(X, y, bs=bs, device='cpu', {CASES[case]})
 for b in make(300, 20).train: pass
 dls = make(6000, 1000)
 del b

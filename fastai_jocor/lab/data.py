@@ -78,14 +78,13 @@ def _check_loader(dl):
     if len(dl.dataset) and (len(getattr(dl.dataset, 'tls', [])) != 2 or dl.n_inp != 1):
         raise ValueError("dls must give pairs of one image and one target")
 
-# %% ../../nbs/lab/00b_data.ipynb #c5cfa0fd
+# %% ../../nbs/lab/00b_data.ipynb #fe31a8eb
 def stratified(
     labels, # Class of each item, shape (n,)
     n, # Share in (0, 1), or number of items to take
-    name='subset', # Name of the argument, for errors
-    seed=0 # Seed of the choice
+    name='subset' # Name of the argument, for errors
 )->tuple: # Positions of the items that are taken, and of the others, both ascending
-    "Choose items so that every class keeps its share"
+    "Choose items so that every class keeps its share, always the same ones"
     from sklearn.model_selection import train_test_split
     n_items,c,size = len(labels),len(np.unique(labels)),0
     if isinstance(n, (int,np.integer)) and not isinstance(n, bool): size = int(n)
@@ -93,7 +92,7 @@ def stratified(
     if not c <= size <= n_items-c:
         raise ValueError(f"{name}={n!r} must be a share in (0, 1) or a number of items, and leave and take at least "
                          f"one of each of the {c} classes: from {c} to {n_items-c} of {n_items} items")
-    parts = train_test_split(np.arange(n_items), train_size=size, stratify=np.asarray(labels), random_state=seed)
+    parts = train_test_split(np.arange(n_items), train_size=size, stratify=np.asarray(labels), random_state=0)
     return tuple(np.sort(o) for o in parts)
 
 def _coded(labels, vocab):
@@ -136,7 +135,7 @@ def _splits(y, train, valid, test):
                              "an item is in one part only")
     return train,valid,test
 
-# %% ../../nbs/lab/00b_data.ipynb #5d677d16
+# %% ../../nbs/lab/00b_data.ipynb #f9c4c864
 class InMemoryDataLoaders(DataLoaders):
     "`DataLoaders` of images that are held in memory"
     @classmethod
@@ -147,8 +146,7 @@ class InMemoryDataLoaders(DataLoaders):
         valid=0.2, # Share of validation items, stratified and the same for every `seed`; or their positions
         noise=None, # Noise model that corrupts the training labels, or its name, such as `symmetric:0.2`
         seed:int=0, # Seed of the corruption
-        bs:int=64, # Items per batch
-        val_bs:int=None, # Items per validation batch; `None` for four times `bs`
+        bs:int=64, # Items per training batch; others are four times as large
         train=None, # Positions of the training items; `None` for all that are not in `valid` or `test`
         test=None, # Positions of test items, which become a third loader, `dls[2]`
         keys=None, # What identifies each of the n items; `None` for its position
@@ -173,8 +171,7 @@ class InMemoryDataLoaders(DataLoaders):
                          device=device)
         def held_out(pos):
             ds = MemoryDatasets(store, pos, vocab, 1)
-            return first.new(ds, cls=MemoryDL, store=store, pos=pos, bs=ifnone(val_bs, 4*bs), shuffle=False,
-                             drop_last=False)
+            return first.new(ds, cls=MemoryDL, store=store, pos=pos, bs=4*bs, shuffle=False, drop_last=False)
         return cls(first, *[held_out(o) for o in (valid,test) if o is not None], path=path, device=device)
 
 def _corrupt(noise, y, vocab, seed, train, keys, images):

@@ -195,14 +195,13 @@ def mnist_dls(
         return torch.cat([train.data, test.data]),labels,len(train.data),[str(i) for i in range(10)],None
     return _paper_dls(read, mnist_stats, noise, seed, bs, **kwargs)
 
-# %% ../../nbs/lab/01_datasets.ipynb #e279cbcc
+# %% ../../nbs/lab/01_datasets.ipynb #b4cd928c
 def jocor_mlp(
     n_out:int=10, # Number of classes
-    n_in:int=784, # Number of pixels
-    n_hidden:int=256 # Width of the hidden layer
+    n_in:int=784 # Number of pixels
 )->nn.Module: # (N, ...) → (N, n_out)
     "The papers' perceptron: `n_in`-256-`n_out`"
-    return nn.Sequential(nn.Flatten(), nn.Linear(n_in, n_hidden), nn.ReLU(), nn.Linear(n_hidden, n_out))
+    return nn.Sequential(nn.Flatten(), nn.Linear(n_in, 256), nn.ReLU(), nn.Linear(256, n_out))
 
 def _conv(ni, nf): return [nn.Conv2d(ni, nf, 3, padding=1), nn.BatchNorm2d(nf), nn.ReLU(inplace=True)]
 
