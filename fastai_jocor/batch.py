@@ -6,8 +6,8 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/batch.html.md"""
 
 # %% auto #0
 __all__ = ['plain', 'first_output', 'label_column', 'is_plain_ce', 'is_multi_label', 'per_sample_loss', 'ItemOrder',
-           'known_order', 'same_random_states', 'distributed_world', 'from_rank0', 'gather_rows',
-           'loaders_talk_over_the_cpu', 'Selection', 'is_validating', 'check_classes', 'check_batch', 'try_batch']
+           'known_order', 'same_random_states', 'Selection', 'is_validating', 'check_classes', 'check_batch',
+           'try_batch']
 
 # %% ../nbs/04_batch.ipynb #0e9a763e
 import itertools, torch, numpy as np
@@ -131,48 +131,6 @@ def same_random_states(
         if rng is not None:
             rng.setstate(own)
             dl.rng = rng
-
-# %% ../nbs/04_batch.ipynb #76b7067c
-def distributed_world(
-    learn:Learner # With its callbacks
-)->int: # At least 1
-    "Number of processes that train this learner together; 1 without `DistributedTrainer`"
-    if not any(type(cb).__name__ == 'DistributedTrainer' for cb in learn.cbs): return 1
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-def from_rank0(
-    o # A value that may differ between the processes
-)->object: # The value of the first
-    "The value that the first process has"
-    box = [o]
-    torch.distributed.broadcast_object_list(box, 0)
-    return box[0]
-
-def gather_rows(
-    t:Tensor # Of this process, shape (m, ...); m may differ between processes
-)->Tensor: # Of all processes of `torch.distributed`, one after the other
-    "Join the rows of all processes"
-    from torch import distributed as dist
-    sizes = [torch.zeros(1, dtype=torch.long, device=t.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(t)], device=t.device))
-    sizes = [int(o) for o in sizes]
-    own = torch.cat([t, t.new_zeros(max(sizes)-len(t), *t.shape[1:])])
-    parts = [torch.empty_like(own) for _ in sizes]
-    dist.all_gather(parts, own)
-    return torch.cat([p[:n] for p,n in zip(parts, sizes)])
-
-@contextmanager
-def loaders_talk_over_the_cpu():
-    "Let fastai's `DistributedDL`, which sends its indices over the GPU, do so on the NCCL backend only"
-    from fastai.distributed import DistributedDL
-    before = DistributedDL._broadcast
-    def _broadcast(self, t, rank):
-        t = torch.as_tensor(t)
-        torch.distributed.broadcast(t, rank)
-        return t.tolist()
-    if torch.distributed.get_backend() != 'nccl': DistributedDL._broadcast = _broadcast
-    try: yield
-    finally: DistributedDL._broadcast = before
 
 # %% ../nbs/04_batch.ipynb #9500661f
 @dataclass

@@ -12,7 +12,8 @@ import itertools, torch, warnings
 from fastai.basics import *
 from .selection import precision_and_recall, share
 from .ledger import estimate_noise
-from .batch import from_rank0, gather_rows, Selection
+from .processes import from_rank0, gather_rows
+from .batch import Selection
 from .step import Part
 
 # %% ../nbs/06_record.ipynb #d565bef5

@@ -15,7 +15,8 @@ from fastai.callback.mixup import MixHandler
 from .ledger import Ledger
 from .peers import Peers
 from .learner import *
-from .batch import distributed_world, from_rank0, loaders_talk_over_the_cpu, Selection, try_batch
+from .processes import distributed_world, from_rank0, loaders_talk_over_the_cpu
+from .batch import Selection, try_batch
 from .step import Part
 from .state import class_names_of, FitState, ItemSource
 

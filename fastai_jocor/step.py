@@ -17,8 +17,8 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from .losses import peer_log_probs
 from .selection import keep_count, select_small
 from .peers import mean_logit
-from .batch import (check_classes, first_output, known_order, label_column, loaders_talk_over_the_cpu,
-                                plain, Selection)
+from .processes import loaders_talk_over_the_cpu
+from .batch import check_classes, first_output, known_order, label_column, plain, Selection
 
 # %% ../nbs/05_step.ipynb #c25c2381
 class Part(Callback):

@@ -8,7 +8,7 @@ from fastai.vision.all import Callback, Learner, OptimWrapper, nn, noop, rank_di
 from fastai.distributed import *
 from fastai_jocor.all import *
 from fastai_jocor import record
-from fastai_jocor.batch import loaders_talk_over_the_cpu
+from fastai_jocor.processes import loaders_talk_over_the_cpu
 
 class Net(nn.Module):
     "A perceptron in float64, so that no rounding decides which items are kept"
