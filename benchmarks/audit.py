@@ -1,24 +1,26 @@
-"""Which way finds wrong labels best, and at what cost: the ledger of one training run against cleanlab and against fastai's top losses.
+"""How well, and at what cost, wrong labels are found: the ledger of one training run against cleanlab and fastai's
+top losses.
 
     pip install cleanlab                     # or fastai_jocor[bench]
-    python benchmarks/audit.py --path FOLDER # all cells that are not done yet, then the tables and the picture
+    python benchmarks/audit.py --path FOLDER # all cells that are missing, then the tables and the picture
     python benchmarks/audit.py --seeds 0-2   # MNIST with three seeds; --cifar-seeds for CIFAR-10N
-    python benchmarks/audit.py --only-tables # the tables and the picture of what is done
+    python benchmarks/audit.py --only-tables # the tables and the picture of what is there
 
-FOLDER holds MNIST/raw, cifar10/train, cifar10/test and CIFAR-10_human.pt. The ways, on the same corrupted labels with the same network,
-optimizer, one-cycle schedule and number of epochs:
+FOLDER holds MNIST/raw, cifar10/train, cifar10/test and CIFAR-10_human.pt. All ways have the same corrupted labels,
+network, optimizer, one-cycle schedule and number of epochs:
 
-    cv          cleanlab's label quality on probabilities of 5-fold cross-validation: five networks, each on four fifths of the items
-    dynamics    cleanlab's label quality on the mean of a plain network's probabilities over its epochs, noted while it trains
+    cv          cleanlab's label quality, on probabilities of 5-fold cross-validation (five networks)
+    dynamics    cleanlab's label quality, on the mean of a plain network's probabilities over its epochs
     top_loss    the loss of each training item under a plain network, after its training
-    jocor_k     the ledger of JoCorCallback with k peers, the noise rate estimated; without anything beyond the training
+    jocor_k     the ledger of JoCorCallback with k peers, the noise rate estimated; nothing beyond the training
 
-Scored by the average precision of finding flipped labels, and by the precision among as many items as are flipped. Seconds are those of all
-that a way needs, training included, on one thread. MNIST: stratified items and the papers' perceptron; CIFAR-10N: stratified images and the
-papers' 7-layer network in bfloat16, in batches of 32. Each cell is written to results/audit/ when it is done, under a name that holds how many
-items and epochs it is of, and is not repeated; only cells of the sizes asked for come into results/audit.csv and audit.png.
-results/audit_scores.csv holds every score of the ledger in every cell. The default score, `recent`, was chosen on seed 0 of all five parts, as the one
-that is short of the best by the least; the other seeds confirm it. cleanlab's is the better of its two in each cell, which flatters it a little.
+Scores are the average precision of finding flipped labels, and the precision among as many items as are flipped.
+Seconds are all that a way needs, training included, on one thread. MNIST: stratified items, the papers' perceptron.
+CIFAR-10N: stratified images, the papers' 7-layer network in bfloat16, batches of 32. Each cell is written to
+results/audit/ under a name with its items and epochs, and is not repeated. Cells of the sizes asked for make
+results/audit.csv and audit.png; results/audit_scores.csv holds every score of the ledger in every cell. The default
+score, `recent`, was chosen on seed 0 of all five parts: it is short of the best by the least. The other seeds confirm
+it. For cleanlab the better of two label qualities counts in each cell, which flatters it a little.
 """
 import inspect, json, time, numpy as np, pandas as pd, torch
 import matplotlib; matplotlib.use('agg')
@@ -30,6 +32,8 @@ from sklearn.metrics import average_precision_score, precision_recall_curve
 from sklearn.model_selection import StratifiedKFold
 from fastai_jocor.all import *
 from fastai_jocor.audit import suspect_scores
+from fastai_jocor.batch import ItemOrder
+from fastai_jocor.files import write_text
 from fastai_jocor.lab.store import MemoryDatasets, MemoryDL
 from fastai_jocor.lab.run import fast_adam, machine
 
@@ -41,8 +45,10 @@ BS,DEFAULT = dict(mnist=128, cifar=32),inspect.signature(rank_suspects).paramete
 def arrays(data, noise, seed, items, path):
     "Images of the training items, and the record of their labels"
     path = Path(path)
-    if data == 'mnist': dls = mnist_dls(path, Asymmetric(.4, 'mnist') if noise.startswith('asym') else noise, seed, subset=items)
-    else: dls = cifar10_dls(path/'cifar10', HumanLabels(path/'CIFAR-10_human.pt', noise), seed, subset=items, progress=False)
+    if data == 'cifar':
+        human = HumanLabels(path/'CIFAR-10_human.pt', noise)
+        dls = cifar10_dls(path/'cifar10', human, seed, subset=items, progress=False)
+    else: dls = mnist_dls(path, Asymmetric(.4, 'mnist') if noise.startswith('asym') else noise, seed, subset=items)
     return dls.train.store.images[dls.train.pos],dls.noise
 
 def learner(data, images, rec, train=None, seed=0):
@@ -50,8 +56,10 @@ def learner(data, images, rec, train=None, seed=0):
     set_seed(seed)
     n = len(rec)
     x,y = torch.cat([images, images[:10]]),np.concatenate([rec.noisy, rec.noisy[:10]])
-    dls = InMemoryDataLoaders.from_arrays(x, y, list(rec.vocab), range(n, n+10), bs=BS[data], train=train, drop_last=False)
-    learn = Learner(dls, jocor_mlp() if data == 'mnist' else jocor_cnn(), opt_func=fast_adam, cbs=[ChannelsLast(), AutocastBF16()] if data == 'cifar' else None)
+    dls = InMemoryDataLoaders.from_arrays(
+        x, y, list(rec.vocab), range(n, n+10), bs=BS[data], train=train, drop_last=False)
+    model,cbs = (jocor_mlp(),None) if data == 'mnist' else (jocor_cnn(),[ChannelsLast(), AutocastBF16()])
+    learn = Learner(dls, model, opt_func=fast_adam, cbs=cbs)
     learn.remove_cb(ProgressCallback)
     learn.logger = noop
     return learn
@@ -59,18 +67,21 @@ def learner(data, images, rec, train=None, seed=0):
 def probabilities(learn, idxs):
     "Of the items at `idxs`"
     dl = learn.dls.train
-    dl = dl.new(MemoryDatasets(dl.store, idxs, dl.vocab, 1), cls=MemoryDL, store=dl.store, pos=idxs, bs=512, shuffle=False, drop_last=False)
+    items = MemoryDatasets(dl.store, idxs, dl.vocab, 1)
+    dl = dl.new(items, cls=MemoryDL, store=dl.store, pos=idxs, bs=512, shuffle=False, drop_last=False)
     return learn.get_preds(dl=dl)[0].numpy()
 
 class Dynamics(Callback):
     "Add up the probabilities of each item while it is trained on"
     order,run_valid = 60,False
-    def before_train(self):
-        if self.epoch == 0: self.sum = torch.zeros(len(self.dls.train.dataset), self.dls.c)
+    def before_fit(self):
+        dl = self.dls.train
+        self.sum = torch.zeros(len(dl.dataset), self.dls.c)
+        self.items = dl.get_idxs = ItemOrder(dl.get_idxs, dl.n)
     def after_loss(self):
-        if self.iter == 0: self.pos = torch.tensor(epoch_idxs(self.dl))
         at = self.iter*self.dl.bs
-        self.sum[self.pos[at:at+len(self.pred)]] += self.pred.detach().as_subclass(torch.Tensor).softmax(-1)
+        items = torch.as_tensor(self.items.idxs[at:at+len(self.pred)])
+        self.sum[items] += self.pred.detach().as_subclass(torch.Tensor).softmax(-1)
 
 def quality(rec, p):
     from cleanlab.rank import get_label_quality_scores
@@ -109,60 +120,81 @@ def cell(data, noise, seed, way, items, epochs, path):
     torch.set_num_threads(1)
     images,rec = arrays(data, noise, seed, items, path)
     start,cpu = time.perf_counter(),time.process_time()
-    scores = jocor(data, images, rec, seed, epochs, int(way[-1])) if way.startswith('jocor') else globals()[way](data, images, rec, seed, epochs)
-    scores,est = scores if isinstance(scores, tuple) else (scores,None)
-    res = dict(data=data, noise=noise, seed=seed, way=way, items=len(rec), epochs=epochs, noise_rate=rec.rate, estimate=None if est is None else est.rate, trusted=None if est is None else est.trusted,
-               seconds=round(time.perf_counter()-start, 1), cpu_seconds=round(time.process_time()-cpu, 1), scores={})
-    for name,s in scores.items():
-        s,n = np.nan_to_num(s, nan=-np.inf),int(rec.flipped.sum())
-        s = np.where(np.isfinite(s), s, s[np.isfinite(s)].min()-1)
-        p,r,_ = precision_recall_curve(rec.flipped, s)
-        res['scores'][name] = dict(average_precision=round(float(average_precision_score(rec.flipped, s)), 4), precision_at_n=round(float(rec.flipped[np.argsort(-s, kind='stable')[:n]].mean()), 4),
-                                   curve=[round(float(o), 4) for o in np.interp(np.linspace(0,1,51), r[::-1], p[::-1])])
-    res['machine'] = machine()
+    args,est = (data, images, rec, seed, epochs),None
+    if way.startswith('jocor'): scores,est = jocor(*args, int(way[-1]))
+    else: scores = globals()[way](*args)
+    seconds,cpu_seconds = time.perf_counter()-start,time.process_time()-cpu
+    res = dict(data=data, noise=noise, seed=seed, way=way, items=len(rec), epochs=epochs, noise_rate=rec.rate,
+               estimate=None if est is None else est.rate, trusted=None if est is None else est.trusted,
+               seconds=round(seconds, 1), cpu_seconds=round(cpu_seconds, 1),
+               scores={name: how_good(rec, s) for name,s in scores.items()}, machine=machine())
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix('.part')
-    part.write_text(json.dumps(res)+'\n')
-    part.replace(file)
-    print(data, noise, seed, way, f"{res['cpu_seconds']} s", {k: v['average_precision'] for k,v in res['scores'].items()}, flush=True)
+    write_text(file, json.dumps(res)+'\n')
+    precision = {k: v['average_precision'] for k,v in res['scores'].items()}
+    print(data, noise, seed, way, f"{res['cpu_seconds']} s", precision, flush=True)
     return res
+
+def how_good(rec, s):
+    "The figures of a score, shape (n,)"
+    s,n = np.nan_to_num(s, nan=-np.inf),int(rec.flipped.sum())
+    s = np.where(np.isfinite(s), s, s[np.isfinite(s)].min()-1)
+    p,r,_ = precision_recall_curve(rec.flipped, s)
+    first = np.argsort(-s, kind='stable')[:n]
+    return dict(average_precision=round(float(average_precision_score(rec.flipped, s)), 4),
+                precision_at_n=round(float(rec.flipped[first].mean()), 4),
+                curve=[round(float(o), 4) for o in np.interp(np.linspace(0,1,51), r[::-1], p[::-1])])
 
 def reported(c):
     "The name of the score that a cell is reported with: the ledger's default, the better one of cleanlab's"
-    return DEFAULT if c['way'].startswith('jocor') else max(c['scores'], key=lambda o: c['scores'][o]['average_precision'])
+    if c['way'].startswith('jocor'): return DEFAULT
+    return max(c['scores'], key=lambda o: c['scores'][o]['average_precision'])
+
+KEY = ['data','noise','seed']
 
 def table(cells):
     "A row for each cell"
     rows = []
     for c in cells:
         name = reported(c)
-        rows.append({o: c.get(o) for o in ('data','noise','seed','way','items','epochs','noise_rate','estimate','trusted')} | dict(score=name) | {o: c['scores'][name][o] for o in ('average_precision','precision_at_n')} | {o: c[o] for o in ('cpu_seconds','seconds')})
+        first = {o: c.get(o) for o in (*KEY,'way','items','epochs','noise_rate','estimate','trusted')}
+        figures = {o: c['scores'][name][o] for o in ('average_precision','precision_at_n')}
+        rows.append(first | dict(score=name) | figures | {o: c[o] for o in ('cpu_seconds','seconds')})
     df = pd.DataFrame(rows)
-    base = df[df.way == 'cv'].set_index(['data','noise','seed']).cpu_seconds
-    return df.assign(time_of_cv=[round(r.cpu_seconds/base[r.data, r.noise, r.seed], 3) if (r.data, r.noise, r.seed) in base.index else np.nan for r in df.itertuples()])
+    base = df[df.way == 'cv'].set_index(KEY).cpu_seconds.rename('cv')
+    return df.assign(time_of_cv=(df.cpu_seconds/df.join(base, on=KEY).cv).round(3))
 
 def score_table(cells):
     "A row for each score of each cell of the ledger's, with the average precision of cross-validation there"
-    cv = {(c['data'], c['noise'], c['seed']): max(o['average_precision'] for o in c['scores'].values()) for c in cells if c['way'] == 'cv'}
-    rows = [dict(data=c['data'], noise=c['noise'], seed=c['seed'], way=c['way'], score=name, average_precision=v['average_precision'], cv=cv.get((c['data'], c['noise'], c['seed'])))
-            for c in cells if c['way'].startswith('jocor') for name,v in c['scores'].items()]
+    key = lambda c: tuple(c[o] for o in KEY)
+    cv = {key(c): max(o['average_precision'] for o in c['scores'].values()) for c in cells if c['way'] == 'cv'}
+    rows = []
+    for c in cells:
+        if not c['way'].startswith('jocor'): continue
+        for name,v in c['scores'].items():
+            figures = dict(score=name, average_precision=v['average_precision'], cv=cv.get(key(c)))
+            rows.append({o: c[o] for o in (*KEY,'way')} | figures)
     return pd.DataFrame(rows)
 
 def chosen(df):
-    "For each score, the mean over the cells of what it is short of the best score of the cell, on seed 0, which decides, and on the others, which confirm"
-    df = df.assign(short=df.groupby(['data','noise','seed','way']).average_precision.transform('max')-df.average_precision, seeds=np.where(df.seed == 0, 'seed 0', 'other seeds'))
-    return df.pivot_table(index='score', columns=['seeds','data'], values='short').round(4).sort_values(('seed 0',df.data.iloc[0]))
+    "What each score is short of the best of its cell, as means: on seed 0, which decides, and on the others"
+    best = df.groupby([*KEY,'way']).average_precision.transform('max')
+    df = df.assign(short=best-df.average_precision, seeds=np.where(df.seed == 0, 'seed 0', 'other seeds'))
+    res = df.pivot_table(index='score', columns=['seeds','data'], values='short').round(4)
+    return res.sort_values(('seed 0',df.data.iloc[0]))
 
 def plot(cells, file):
     "Precision against recall of finding flipped labels, the first seed"
     groups = list(dict.fromkeys((c['data'], c['noise']) for c in cells))
-    fig,axs = plt.subplots(1, len(groups), figsize=(3.6*len(groups),3.4), layout='constrained', sharey=True, squeeze=False)
+    size = (3.6*len(groups), 3.4)
+    fig,axs = plt.subplots(1, len(groups), figsize=size, layout='constrained', sharey=True, squeeze=False)
     for ax,(data,noise) in zip(axs[0], groups):
         for c in cells:
             if (c['data'], c['noise']) != (data,noise) or c['seed'] or c['way'] in ('jocor_1','jocor_2'): continue
             best = c['scores'][reported(c)]
-            ax.plot(np.linspace(0,1,51), best['curve'], lw=2 if c['way'].startswith('jocor') else 1.2, label=f"{c['way']}: {best['average_precision']:.3f}, {c['cpu_seconds']:.0f} s")
-        ax.set(title=f'{data} {noise}', xlabel='recall', ylim=(0,1.02)); ax.legend(fontsize=7, loc='best')
+            label = f"{c['way']}: {best['average_precision']:.3f}, {c['cpu_seconds']:.0f} s"
+            ax.plot(np.linspace(0,1,51), best['curve'], lw=2 if c['way'].startswith('jocor') else 1.2, label=label)
+        ax.set(title=f'{data} {noise}', xlabel='recall', ylim=(0,1.02))
+        ax.legend(fontsize=7, loc='best')
     axs[0,0].set(ylabel='precision')
     fig.savefig(file, dpi=90)
     plt.close()
@@ -200,4 +232,5 @@ def main(
     scores.to_csv(RESULTS/'audit_scores.csv', index=False)
     plot(cells, RESULTS/'audit.png')
     print(df.drop(columns=['items','epochs','seconds']).to_string(index=False))
-    print(f'\nWhat each score of the ledger is short of the best, in average precision (the default is {DEFAULT})', chosen(scores).to_string(), sep='\n')
+    print(f'\nWhat each score of the ledger is short of the best, in average precision (the default is {DEFAULT})')
+    print(chosen(scores).to_string())
