@@ -4,33 +4,35 @@
     python benchmarks/rejected.py --path FOLDER --epochs 16 --ways balance --noise symmetric:0.8
     jocor_report benchmarks/results/rejected
 
-FOLDER holds MNIST/raw. MNIST, the papers' perceptron, three peers, co_lambda 0.95, the papers' schedule over 40 epochs. `balance` is
-`JoCorCallback(balance=0.5)`. The others set in when the forget rate has risen to the end, and grow to their full weight over as many epochs as the
-rise took:
+FOLDER holds MNIST/raw. MNIST, the papers' perceptron, three peers, co_lambda 0.95, the papers' schedule over 40 epochs.
+`balance` is `JoCorCallback(balance=0.5)`. The others set in when the forget rate has risen to the end, and grow to
+their full weight over as many epochs as the rise took:
 
 - `contrast`: cross-entropy of the kept items, contrast of all;
-- `pseudo`: a rejected item on which all peers agree, with a mean probability above 0.95, counts with this class as its label;
+- `pseudo`: a rejected item on which all peers agree, with a mean probability above 0.95, counts with this class;
 - `relabel`: so does a kept item on which they agree, in the place of its given label;
 - `ema`: the step is as it was, but the weights' moving average (0.999 a step) is validated.
 """
-import torch
+import itertools, torch
 from pathlib import Path
 from fastcore.script import call_parse
-from fastai.vision.all import Callback
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastai_jocor.all import *
 from fastai_jocor.lab.config import Method, RunConfig, methods
 from fastai_jocor.lab.grid import run_grid
-from fastai_jocor.losses import contrasts, n_terms
+from fastai_jocor.losses import contrasts, joint_loss, n_terms
+from fastai_jocor.step import Part
 
 RESULTS = Path(__file__).resolve().parent/'results'
 USES = ('contrast','pseudo','relabel','ema')
 WAYS = (*USES,'balance','balance+relabel')
 
-class AverageWeights(Callback):
+class AverageWeights(Part):
     "Validate with the moving average of the weights"
-    order,run_valid = -5.5,False
-    def __init__(self, decay): self.decay,self.avg,self.saved = decay,None,None
+    order = -5.5
+    def __init__(self, owner, decay):
+        super().__init__(owner)
+        self.decay,self.avg,self.saved = decay,None,None
     def before_train(self):
         if self.avg is not None: return
         self.avg = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
@@ -41,22 +43,31 @@ class AverageWeights(Callback):
 
 class UseRejectedCallback(JoCorCallback):
     "JoCoR with one of the `USES` of the rejected items"
-    def __init__(self, k=2, co_lambda=.8, forget_rate=None, contrast='kl', num_gradual=None, use='pseudo', threshold=.95, decay=.999, **kwargs):
-        super().__init__(k, co_lambda, forget_rate, contrast, num_gradual, **kwargs)
+    def __init__(self, use='pseudo', threshold=.95, decay=.999, **kwargs):
+        super().__init__(**kwargs)
         if use not in USES: raise ValueError(f"use={use!r} must be one of {', '.join(USES)}")
-        self.use,self.threshold,self.average = use,threshold,AverageWeights(decay) if use == 'ema' else None
-        if self.average: self.companions.append(self.average)
+        self.use,self.threshold = use,threshold
+        self.average = AverageWeights(self, decay) if use == 'ema' else None
+        if self.average: self.parts.append(self.average)
 
-    def state_dict(self): return dict(average=None if self.average is None else self.average.avg.state_dict())
+    def state_dict(self):
+        state = super().state_dict()
+        return state if self.average is None else state | dict(average=self.average.avg.state_dict())
+
     def load_state_dict(self, state):
+        super().load_state_dict(state)
         if self.average is not None: self.average.saved = state['average']
 
-    def batch_loss(self, logits, targ, rate):
-        loss,kept,losses = super().batch_loss(logits, targ, rate)
+    @property
+    def log_probs(self): return self.selection.log_probs
+
+    def batch_loss(self, logits, targ, R):
+        loss,kept,losses = super().batch_loss(logits, targ, R)
         weight = min(1., max(0., (self.before+self.epoch-self.gradual)/max(self.gradual, 1)))
         if weight and self.use in ('pseudo','relabel'): loss = self.with_votes(logits, losses, kept, weight)
         if weight and self.use == 'contrast':
-            apart = self.co_lambda*len(logits)/n_terms(len(logits), self.contrast)*contrasts[self.contrast](self.log_probs)
+            scale = self.co_lambda*len(logits)/n_terms(len(logits), self.contrast)
+            apart = scale*contrasts[self.contrast](self.log_probs)
             loss = loss + weight*(apart.mean()-apart[kept].mean())
         return loss,kept,losses
 
@@ -92,4 +103,5 @@ def main(
     "Do the runs that are not done yet"
     a,*b = map(int, seeds.split('-'))
     base = vars(RunConfig('mnist', k=3, co_lambda=.95, epochs=epochs))
-    run_grid([RunConfig(**base | dict(noise=n, seed=s) | m) for s in range(a, (b or [a])[0]+1) for n in noise.split(',') for m in ({}, *map(fields, ways.split(',')))], out, path, n_jobs)
+    several = itertools.product(range(a, (b or [a])[0]+1), noise.split(','), ({}, *map(fields, ways.split(','))))
+    run_grid([RunConfig(**base | dict(noise=n, seed=s) | way) for s,n,way in several], out, path, n_jobs)

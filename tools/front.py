@@ -1,7 +1,9 @@
-"""Draw the picture of the home page, nbs/images/mnist.png, from benchmarks/results/mnist_protocol: python tools/front.py
+"""Draw the picture of the home page, nbs/images/mnist.png, from benchmarks/results/mnist_protocol.
 
-The picture carries a mark of the runs that it shows, so that a test can tell when others are there. `python tools/docs.py`
-draws it anew then.
+    python tools/front.py
+
+The picture carries a mark of the runs that it shows, so that a test can tell when others are there.
+`python tools/docs.py` draws it anew then.
 """
 import hashlib, json, sys, pandas as pd
 from pathlib import Path

@@ -10,6 +10,7 @@ __all__ = ['methods', 'nearest', 'Method', 'RunConfig']
 # %% ../../nbs/lab/02_config.ipynb #1ab10002
 import difflib, numpy as np
 from dataclasses import dataclass, field, replace
+from fastcore.basics import patch
 from ..losses import default_co_lambda
 from ..noise import Asymmetric
 from ..blocks import make_noise
@@ -105,27 +106,6 @@ class RunConfig:
         if m.loss is None: return None
         return m.loss(dls, **{k: v for k,v in self.options.items() if k in m.loss_options})
 
-    def plain(self):
-        "The same run with each field that its method does not take at its default"
-        m = methods[self.method]
-        unused = {n: getattr(RunConfig, n) for n in _peer_fields if n not in m.fields}
-        if m.callback is None: unused['k'] = 1
-        return replace(self, **unused)
-
-    @property
-    def nets(self):
-        "Number of networks that are trained"
-        m = methods[self.method]
-        return self.k if 'k' in m.fields else 1 if m.callback is None else 2
-
-    @property
-    def name(self):
-        "A short name for a table"
-        used,parts = methods[self.method].fields,[self.method]
-        if 'k' in used: parts.append(f'k={self.k}')
-        if 'contrast' in used and self.contrast != 'kl': parts.append(self.contrast)
-        return ' '.join([*parts, *(f'{k}={v}' for k,v in sorted(self.options.items()))])
-
 # %% ../../nbs/lab/02_config.ipynb #1ab10010
 def _check(cfg):
     "Raise a `ValueError` for what cannot be run"
@@ -142,9 +122,32 @@ def _check(cfg):
     augmentation(cfg.augment)
     cfg.noise_model()
     if cfg.method == 'forward' and cfg.noise == 'none':
-        raise ValueError("method='forward' corrects the loss by the noise's transition matrix, and noise='none' has none")
+        raise ValueError("method='forward' corrects the loss by the matrix of the noise, and noise='none' has none")
     m = methods[cfg.method]
     for k in cfg.options if m.callback is None else ():
         if not m.loss_options: raise ValueError(f"options={cfg.options!r}: method={cfg.method!r} takes none")
         if k not in m.loss_options: raise ValueError(nearest(f'options key {k!r}', k, m.loss_options))
     cfg.callback()
+
+# %% ../../nbs/lab/02_config.ipynb #1ab10013
+@patch
+def plain(self:RunConfig)->RunConfig: # Equal to another one if it is the same run
+    "The same run with each field that its method does not take at its default"
+    m = methods[self.method]
+    unused = {n: getattr(RunConfig, n) for n in _peer_fields if n not in m.fields}
+    if m.callback is None: unused['k'] = 1
+    return replace(self, **unused)
+
+@patch(as_prop=True)
+def nets(self:RunConfig)->int: # At least 1
+    "Number of networks that are trained"
+    m = methods[self.method]
+    return self.k if 'k' in m.fields else 1 if m.callback is None else 2
+
+@patch(as_prop=True)
+def name(self:RunConfig)->str: # Such as `jocor k=3 balance=0.5`
+    "A short name for a table"
+    used,parts = methods[self.method].fields,[self.method]
+    if 'k' in used: parts.append(f'k={self.k}')
+    if 'contrast' in used and self.contrast != 'kl': parts.append(self.contrast)
+    return ' '.join([*parts, *(f'{k}={v}' for k,v in sorted(self.options.items()))])

@@ -60,6 +60,7 @@ def _epochs(d, cfg):
     try: return min(int((d/'progress').read_text()), cfg.epochs)
     except (OSError, ValueError): return 0
 
+# %% ../../nbs/lab/03_grid.ipynb #1ab30015
 class GridProgress:
     "Say how far a grid is: one line that is rewritten on a terminal, a line per finished run elsewhere"
     def __init__(self,
