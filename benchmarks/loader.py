@@ -1,15 +1,17 @@
-"""Items per second of the in-memory loader against a `DataBlock` and against a per-item `ToTensor` data set, in turn in one process.
+"""Items per second of the in-memory loader, a `DataBlock` and a per-item `ToTensor` data set, in turn in one process.
 
     python benchmarks/loader.py --path ~/data/cifar10    # CIFAR-10 in folders: train/<class>/*.png or *.jpg
     python benchmarks/loader.py                          # 32×32 pieces of scikit-learn's two photographs
 
-Writes results/loader.json. All read the same 32×32 images in batches of 128; `ToTensor` has its images in memory, as torchvision's CIFAR has.
+Writes results/loader.json. All read the same 32×32 images in batches of 128; `ToTensor` has its images in
+memory, as torchvision's CIFAR has.
 """
 import json, random, statistics, tempfile, time, numpy as np, torch
 from pathlib import Path
 from PIL import Image
 from fastcore.script import call_parse
-from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, IndexSplitter, Normalize, PILImage, cifar_stats, get_image_files, parent_label
+from fastai.vision.all import (CategoryBlock, DataBlock, ImageBlock, IndexSplitter, Normalize, PILImage, cifar_stats,
+                               get_image_files, parent_label)
 from torchvision import transforms as T
 from fastai_jocor.lab.run import machine
 from fastai_jocor.lab.store import CropFlip
@@ -42,16 +44,22 @@ def rate(loader, at_least=.5):
         if t >= at_least: return n/t
 
 def loaders(folder, files, augment):
-    block = DataBlock((ImageBlock, CategoryBlock), get_items=lambda _: files, get_y=parent_label, splitter=IndexSplitter([0]),
-                      batch_tfms=[CropFlip(), Normalize.from_stats(*cifar_stats)] if augment else None)
+    tfms = [CropFlip(), Normalize.from_stats(*cifar_stats)] if augment else None
+    block = DataBlock((ImageBlock, CategoryBlock), get_items=lambda _: files, get_y=parent_label,
+                      splitter=IndexSplitter([0]), batch_tfms=tfms)
     dls = block.dataloaders(folder, bs=128, num_workers=0, device='cpu')
     store = InMemoryDataLoaders.from_dls(dls, progress=False).train.store
-    memory = InMemoryDataLoaders.from_arrays(store.images, store.targets, valid=[len(files)-1], bs=128, device='cpu',
-                                             batch_tfms=[CropFlip()] if augment else None, normalize=cifar_stats if augment else None)
-    tfm = T.Compose([*([T.RandomCrop(32, 4), T.RandomHorizontalFlip()] if augment else []), T.ToTensor(), *([T.Normalize(*cifar_stats)] if augment else [])])
+    own = dict(batch_tfms=[CropFlip()], normalize=cifar_stats) if augment else {}
+    last = [len(files)-1]
+    memory = InMemoryDataLoaders.from_arrays(store.images, store.targets, valid=last, bs=128, device='cpu', **own)
+    tfms = [T.ToTensor()]
+    if augment: tfms = [T.RandomCrop(32, 4), T.RandomHorizontalFlip(), *tfms, T.Normalize(*cifar_stats)]
+    tfm = T.Compose(tfms)
     ds = PerItem(store.images[:-1].numpy(), store.targets[:-1], tfm)
-    per_item = {f'ToTensor, {w} workers': torch.utils.data.DataLoader(ds, 128, shuffle=True, drop_last=True, num_workers=w, persistent_workers=w>0) for w in (0,2)}
-    return {'in memory': memory.train, 'DataBlock, 0 workers': dls.train, **per_item}
+    def per_item(w):
+        return torch.utils.data.DataLoader(ds, 128, shuffle=True, drop_last=True, num_workers=w, persistent_workers=w>0)
+    return {'in memory': memory.train, 'DataBlock, 0 workers': dls.train,
+            **{f'ToTensor, {w} workers': per_item(w) for w in (0,2)}}
 
 @call_parse
 def main(
@@ -65,16 +73,21 @@ def main(
         folder = Path(path or tmp)
         if path is None: pieces(folder, n)
         files = get_image_files(folder/'train' if (folder/'train').is_dir() else folder).sorted().shuffle()[:n]
-        out = dict(data='scikit-learn photographs' if path is None else folder.name, images=len(files)-1, bs=128, rounds=rounds, machine=machine())
+        data = 'scikit-learn photographs' if path is None else folder.name
+        out = dict(data=data, images=len(files)-1, bs=128, rounds=rounds, machine=machine())
         for name,augment in (('plain',False),('crop, flip, normalise',True)):
             dls = loaders(folder, files, augment)
             for dl in dls.values(): rate(dl, 0)
             runs = {k: [] for k in dls}
             for _ in range(rounds):
                 for k,dl in dls.items(): runs[k].append(rate(dl))
-            out[name] = {k: dict(items_per_s=round(statistics.median(v)), ratio=round(statistics.median(a/b for a,b in zip(runs['in memory'],v)), 1),
-                                 lowest=round(min(a/b for a,b in zip(runs['in memory'],v)), 1), highest=round(max(a/b for a,b in zip(runs['in memory'],v)), 1)) for k,v in runs.items()}
-            print(f"\n{name}: items per second, and how many times faster the loader in memory is (median, lowest, highest of {rounds})")
-            for k,v in out[name].items(): print(f"  {k:22}{v['items_per_s']:>10,}{v['ratio']:>8}{v['lowest']:>8}{v['highest']:>8}")
+            print(f"\n{name}: items per second, and how many times faster the loader in memory is "
+                  f"(median, lowest, highest of {rounds})")
+            out[name] = {}
+            for k,rates in runs.items():
+                times = [a/b for a,b in zip(runs['in memory'], rates)]
+                median,low,high = (round(f(times), 1) for f in (statistics.median,min,max))
+                out[name][k] = dict(items_per_s=round(statistics.median(rates)), ratio=median, lowest=low, highest=high)
+                print(f"  {k:22}{out[name][k]['items_per_s']:>10,}{median:>8}{low:>8}{high:>8}")
     RESULTS.mkdir(exist_ok=True)
     (RESULTS/'loader.json').write_text(json.dumps(out, indent=1)+'\n')

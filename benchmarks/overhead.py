@@ -3,10 +3,11 @@
     python benchmarks/overhead.py          # time and memory
     python benchmarks/overhead.py --k 2
 
-A step with the callback on a learner (data, forward, joint loss, selection, backward, optimizer, table) against a bare loop over k networks
-with one summed cross-entropy, on the same batches with the same optimizer, in turn in one process; and the growth of resident memory over a
-fit with k peers against k times that of the single model's, each in a process of its own. The papers' 7-layer network, 32×32 images, batch 128.
-Writes results/overhead.json. Linux only, for the memory.
+A step with the callback on a learner (data, forward, joint loss, selection, backward, optimizer, table) against
+a bare loop over k networks with one summed cross-entropy, on the same batches with the same optimizer, in turn
+in one process; and the growth of resident memory over a fit with k peers against k times that of the single
+model's, each in a process of its own. The papers' 7-layer network, 32×32 images, batch 128. Writes
+results/overhead.json. Linux only, for the memory.
 """
 import copy, json, statistics, subprocess, sys, time, numpy as np, torch
 from pathlib import Path
@@ -22,7 +23,8 @@ RESULTS = Path(__file__).resolve().parent/'results'
 
 def loaders(n, bs=128):
     rs = np.random.RandomState(0)
-    return InMemoryDataLoaders.from_arrays(rs.randint(0, 256, (n+8,32,32,3), dtype=np.uint8), np.arange(n+8)%10, valid=range(n, n+8), noise=Symmetric(.5), bs=bs)
+    images = rs.randint(0, 256, (n+8,32,32,3), dtype=np.uint8)
+    return InMemoryDataLoaders.from_arrays(images, np.arange(n+8)%10, valid=range(n, n+8), noise=Symmetric(.5), bs=bs)
 
 def learner(dls):
     learn = Learner(dls, jocor_cnn(), opt_func=fast_adam)
@@ -62,7 +64,8 @@ def timing(k, steps, rounds):
         runs.append((a,b))
         print(f'  {a:.3f} s with the callback, {b:.3f} s bare: {a/b:.3f}', flush=True)
     r = sorted(a/b for a,b in runs)
-    return dict(k=k, steps=steps, rounds=rounds, seconds_per_step=statistics.median(a for a,_ in runs), bare_seconds_per_step=statistics.median(b for _,b in runs),
+    own,bare_ = (statistics.median(o) for o in zip(*runs))
+    return dict(k=k, steps=steps, rounds=rounds, seconds_per_step=own, bare_seconds_per_step=bare_,
                 ratio=round(statistics.median(r), 3), lowest=round(r[0], 3), highest=round(r[-1], 3))
 
 def megabytes(key): return int(next(l.split()[1] for l in open('/proc/self/status') if l.startswith(key)))/1024
@@ -83,8 +86,12 @@ def main(
     "Measure, print and write the ratios"
     if memory >= 0: return print(peak(memory))
     out = dict(timing(k, steps, rounds), machine=machine())
-    mb = lambda k: float(subprocess.run([sys.executable,'-W','ignore',__file__,'--memory',str(k)], capture_output=True, text=True, check=True).stdout.split()[-1])
+    def mb(k):
+        command = [sys.executable, '-W', 'ignore', __file__, '--memory', str(k)]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
     one,many = zip(*[(mb(0),mb(k)) for _ in range(3)])
-    out |= dict(single_mb=round(statistics.median(one)), peers_mb=round(statistics.median(many)), memory_ratio=round(statistics.median(m/(k*o) for o,m in zip(one,many)), 3))
-    print(f"k={k}: {out['ratio']} times a bare loop (lowest {out['lowest']}, highest {out['highest']} of {rounds}); memory {out['peers_mb']} MB, {out['memory_ratio']} times k single models of {out['single_mb']} MB")
+    out |= dict(single_mb=round(statistics.median(one)), peers_mb=round(statistics.median(many)),
+                memory_ratio=round(statistics.median(m/(k*o) for o,m in zip(one,many)), 3))
+    print(f"k={k}: {out['ratio']} times a bare loop (lowest {out['lowest']}, highest {out['highest']} of {rounds}); "
+          f"memory {out['peers_mb']} MB, {out['memory_ratio']} times k single models of {out['single_mb']} MB")
     (RESULTS/'overhead.json').write_text(json.dumps(out, indent=1)+'\n')
