@@ -180,7 +180,7 @@ def show_flipped(
     max_n:int=9, # Maximum number of items to show
     ctxs=None, # List of objects on which to show the items, such as axes
     **kwargs # To fastai's `show_batch`
-):
+)->None:
     "Show training items as `show_batch` does, with flipped labels in red and the true ones below"
     dl = dls.train if isinstance(dls, DataLoaders) else dls
     rec = _record_of(dl)

@@ -120,7 +120,7 @@ def keep_small(self:PeersCallback,
     times,n = select_small_global(by, R)
     return torch.where(times > 0, losses*times, 0.).sum()*s.world/n, times, losses
 
-# %% ../nbs/08_callback.ipynb #863dc658
+# %% ../nbs/08_callback.ipynb #1cd0e54d
 @patch
 def check_fit(self:PeersCallback,
     s:Selection # With what was found of the data
@@ -137,7 +137,10 @@ def check_fit(self:PeersCallback,
                          "wrong labels, such as JoCorCallback(forget_rate=0.2)")
 
 @patch
-def check(self:PeersCallback, pred, targs):
+def check(self:PeersCallback,
+    pred:Tensor, # Output of one peer, shape (N, C)
+    targs:list # Targets of the batch
+):
     "Check the first batch of the fit, where none could be tried before"
     s = self.selection
     check_batch(s, self.learn.loss_func, pred, targs)
