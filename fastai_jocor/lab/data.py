@@ -185,7 +185,7 @@ def from_dls(cls:InMemoryDataLoaders,
     dls:DataLoaders, # Of any image `DataBlock` whose item transforms give images of one size
     n_workers:int=None, # Processes that decode; `None` for one a core
     progress:bool=True # Show a progress bar
-):
+)->DataLoaders: # Of the same items, transforms and splits, in memory
     "Decode the images of `dls` once and hold them in memory; everything else stays as it is"
     for dl in dls.loaders: _check_loader(dl)
     if not any(len(dl.dataset) for dl in dls.loaders): raise ValueError("dls holds no items")
