@@ -24,7 +24,7 @@ def public(module):
         if not isinstance(node, ast.FunctionDef) or node.name.startswith('_'): continue
         if 'patch' not in decorators(node): continue
         o = inspect.getattr_static(getattr(mod, ast.unparse(node.args.args[0].annotation)), node.name)
-        yield node.name,getattr(o, 'fget', getattr(o, '__func__', o))
+        yield node.name,getattr(o, 'fget', getattr(o, 'f', o))
 
 def returns(node): return {o for o in ast.walk(node) if isinstance(o, (ast.Return,ast.Yield)) and o.value is not None}
 def functions(node): return [o for o in ast.walk(node) if isinstance(o, (ast.FunctionDef,ast.Lambda)) and o is not node]

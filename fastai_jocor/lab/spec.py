@@ -28,7 +28,7 @@ class _PlainLoader(yaml.SafeLoader):
 def load_yaml(
     text:str, # YAML
     what:str # Where it comes from, for errors
-): # Plain values
+)->object: # Plain values
     "Read plain values from YAML; tags and double keys are refused, and nothing in it runs"
     try: return yaml.load(text, _PlainLoader)
     except yaml.YAMLError as e: raise ValueError(f"{what} is no YAML: {e}") from None
@@ -48,7 +48,7 @@ def _number(v, whole):
 def cast(
     name:str, # A field of `RunConfig`
     v # Its value as YAML has it
-): # The value in the type of the field
+)->object: # The value in the type of the field
     "Turn a value from YAML into the type of a field, or raise a `ValueError`"
     kind,default = types[name]
     if v is None and default is None: return None
