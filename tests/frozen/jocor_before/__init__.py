@@ -1,1 +1,0 @@
-"The library before it was rebuilt, to be trained beside the present one"
