@@ -179,7 +179,9 @@ def test_packing_leaves_what_is_not_whole(tmp_path):
     run(cfg, run_dir(tmp_path, cfg), verbose=False)
     put(tmp_path/'begun', 'config.json', '{}')
     put(tmp_path/'torn', 'result.json', '{"name"')
-    assert pack(tmp_path) == 1
+    put(tmp_path/'short', 'result.json', (run_dir(tmp_path, cfg)/'result.json').read_text())
+    put(tmp_path/'short', 'history.csv', 'epoch,accuracy,peer_accuracy\n0,.5,.5\n')
+    assert pack(tmp_path) == 1 and (tmp_path/'short'/'history.csv').exists()
     assert sorted(p.name for p in run_dir(tmp_path, cfg).iterdir()) == ['learning_curve.png','model.pth']
     assert (tmp_path/'begun'/'config.json').exists() and (tmp_path/'torn'/'result.json').exists()
     with pytest.raises(ValueError, match='holds no finished run'): pack(tmp_path/'torn')
