@@ -208,7 +208,7 @@ def fastai_overhead(rounds, steps=200):
         learn.fit(1, 1e-3, cbs=clock)
         return clock.seconds
     def after():
-        learn._call_one = partial(call_listeners, learn)
+        learn._call_one = partial(call_listeners, learn, {})
         try: return before()
         finally: del learn._call_one
     slow = learner(dls, jocor_mlp(), Adam)

@@ -6,8 +6,8 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/batch.html.md"""
 
 # %% auto #0
 __all__ = ['plain', 'first_output', 'label_column', 'is_plain_ce', 'is_multi_label', 'per_sample_loss', 'ItemOrder',
-           'known_order', 'same_random_states', 'Selection', 'is_validating', 'check_classes', 'check_batch',
-           'try_batch']
+           'known_order', 'same_buffers', 'same_random_states', 'Selection', 'is_validating', 'check_classes',
+           'check_batch', 'try_batch']
 
 # %% ../nbs/04_batch.ipynb #0e9a763e
 import itertools, torch, numpy as np
@@ -77,7 +77,7 @@ def per_sample_loss(
         "so it must have a `reduction` attribute or argument that takes 'none', or return shape (N,)"
         + (f" ({type(cause).__name__}: {cause})" if cause else "")) from cause
 
-# %% ../nbs/04_batch.ipynb #7078d4c8
+# %% ../nbs/04_batch.ipynb #e905945d
 def _lasts(idxs): return isinstance(idxs, (list,tuple,L,np.ndarray,Tensor))
 
 class ItemOrder:
@@ -117,6 +117,17 @@ def known_order(
     finally:
         for name in ('get_idxs','do_item'): vars(dl).pop(name, None)
         vars(dl).update(own)
+
+# %% ../nbs/04_batch.ipynb #924240e3
+@contextmanager
+def same_buffers(
+    model:nn.Module # Its parameters may change
+):
+    "Leave what a model keeps besides its parameters, such as running means, as it was"
+    old = [b.clone() for b in model.buffers()]
+    try: yield
+    finally:
+        for b,o in zip(model.buffers(), old): b.copy_(o)
 
 @contextmanager
 def same_random_states(
