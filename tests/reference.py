@@ -76,6 +76,6 @@ def co_teach(nets, batches, rates, lr, plus, loss=cross_entropy):
     return shares
 
 def assert_same_weights(nets, others, atol=1e-5):
-    "Up to what Adam makes of rounding: it divides each gradient by its own size; another selection is at lr"
+    "Equal but for rounding, which Adam enlarges where a gradient is close to 0"
     for a,b in zip(nets, others, strict=True):
         for p,q in zip(a.parameters(), b.parameters()): torch.testing.assert_close(p, q, atol=atol, rtol=0)
