@@ -203,8 +203,12 @@ methods = dict(
     plain=Method(),
     smooth=Method(loss=partial(LabelSmoothingCrossEntropyFlat, eps=.1)),
     averaged=Method(nets=3),
-    default=Method(callback=lambda tau: JoCorCallback(k=3)),
-    default_tau=Method(callback=lambda tau: JoCorCallback(k=3, forget_rate=tau)))
+    jocor3=Method(callback=lambda tau: JoCorCallback(k=3)),
+    jocor2=Method(callback=lambda tau: JoCorCallback(k=2)),
+    jocor3_tau=Method(callback=lambda tau: JoCorCallback(k=3, forget_rate=tau)),
+    jocor2_tau=Method(callback=lambda tau: JoCorCallback(k=2, forget_rate=tau)),
+    schedule=Method(callback=lambda tau: JoCorCallback(k=3, rule='schedule')),
+    by_hand=Method(callback=lambda tau: JoCorCallback(k=3, forget_rate=tau, balance=1)))
 
 class LastEpoch(Callback):
     "Note how often each item was kept before the last epoch"
@@ -258,7 +262,8 @@ def run(cell, name, seed, path):
     row['worst_recall'] = min(float(hit[truth == c].double().mean()) for c in truth.unique())
     estimate = None if cb is None else cb.estimate
     row['precision'] = np.nan if cb is None else watch.precision(right)
-    row['estimate'] = np.nan if estimate is None else estimate.rate
+    interval = dict(estimate='rate', low='low', high='high')
+    row |= {name: np.nan if estimate is None else getattr(estimate, o) for name,o in interval.items()}
     machine = f'{os.cpu_count()} cores, {torch.get_num_threads()} used'
     return dict(row, wrong=wrong, seconds=time.time()-start, machine=machine)
 

@@ -14,7 +14,8 @@ from .ledger import estimate_noise, Ledger, NoiseEstimate
 from .peers import make_peers, Peers
 from .step import AutocastBF16
 from .resume import Checkpoint
-from .callback import JoCorCallback, PeersCallback
+from .trainer import PeersCallback
+from .callback import JoCorCallback
 from .methods import CoTeachingCallback, CoTeachingPlusCallback, ForwardLoss, SCELoss
 from .noise import Asymmetric, LabelNoise, NoiseRecord, PairFlip, plot_noise, Symmetric, Transition
 from .instance import InstanceDependent

@@ -15,7 +15,7 @@ from fastai.vision.data import get_grid
 from .losses import check_number
 from .ledger import Ledger, confident_joint, seen_items, transition_of
 from .noise import NoiseRecord, plot_noise
-from .callback import PeersCallback
+from .trainer import PeersCallback
 
 # %% ../nbs/14_audit.ipynb #a0d10006
 def _class_names(codes, vocab):

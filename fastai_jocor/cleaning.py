@@ -14,7 +14,7 @@ from fastai.tabular.core import Tabular
 from .noise import NoiseRecord
 from .blocks import NoisyLabel
 from .state import class_names_of, item_names
-from .callback import PeersCallback
+from .trainer import PeersCallback
 from .audit import is_suspect, suspect_scores
 
 # %% ../nbs/15_cleaning.ipynb #c1ea0010

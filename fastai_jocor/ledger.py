@@ -134,16 +134,25 @@ def transition_of(
     n = joint.sum(1, keepdims=True)
     return np.where(n > 0, joint/np.where(n > 0, n, 1), np.eye(len(joint)))
 
-# %% ../nbs/02_ledger.ipynb #2aa46bec
+# %% ../nbs/02_ledger.ipynb #4a7ad9e1
 @dataclass
 class NoiseEstimate:
-    "The share of wrong labels as the ledger of the first epochs tells it"
-    rate:float # The share τ to train with, in [0, 1)
+    "The share of wrong labels, as the peers tell it"
+    rate:float # The best guess of the share, in [0, 1)
     joint:float # What the confident joint gives
-    votes:float # What the votes give: those against the label, less those in doubt
+    votes:float # What the votes give: those against the label, less those in doubt; or beyond doubt
     doubt:float # Share of predictions in which the peers differed; one network: from its own majority
     trusted:bool # Whether few enough votes are in doubt
+    low:float=0. # The share is hardly smaller, in [0, 1]
+    high:float=1. # The share is hardly larger, in [0, 1]; 0 and 1 where no interval is known
+
+    @property
+    def has_interval(self): return (self.low,self.high) != (0.,1.)
+
     def __str__(self):
+        if self.has_interval:
+            return (f"between {self.low:.0%} and {self.high:.0%} of the labels look wrong"
+                    + ('' if self.trusted else ', but not all classes have been learned'))
         if self.trusted: return f"{self.rate:.1%} of the labels look wrong"
         how = f'with the smaller, {self.rate:.2f}' if self.rate else 'without dropping any item'
         return ("the noise rate cannot be told from what the peers have learned so far: sure votes give "

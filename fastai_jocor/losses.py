@@ -111,7 +111,7 @@ def peer_contrast(
     "Measure how far the peers are apart on each item (JoCoR, equation 3; Fazekas et al. 2023 for k=3)"
     return _contrast(peer_log_probs(logits), kind)
 
-# %% ../nbs/00_losses.ipynb #ff5dcaf7
+# %% ../nbs/00_losses.ipynb #b3745ea4
 def peer_losses(
     logits:Tensor, # Logits of the peers, shape (k, N, C), any floating dtype
     targ:Tensor, # Given labels, shape (N,), class indices in [0, C)
@@ -143,7 +143,8 @@ def joint_loss(
     lp = peer_log_probs(logits) if log_probs is None else log_probs
     k,terms = len(lp),n_terms(len(lp), contrast)
     ce = peer_losses(logits, targ, loss_func, lp).sum(0)
-    return (1-co_lambda)*ce + co_lambda*k/terms*_contrast(lp, contrast) if terms else ce
+    if not terms or co_lambda == 0: return ce
+    return (1-co_lambda)*ce + co_lambda*k/terms*_contrast(lp, contrast)
 
 # %% ../nbs/00_losses.ipynb #44e24a3d
 def plain_lambda(

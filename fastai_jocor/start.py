@@ -46,7 +46,7 @@ def look_at_data(
     owner.check_fit(s)
     return s
 
-# %% ../nbs/07b_start.ipynb #f063cb1d
+# %% ../nbs/07b_start.ipynb #83b1c093
 class MakePeers(Part):
     "Turn the learner's model into peers, and open the ledger of its items"
     order = -8.5
@@ -61,6 +61,7 @@ class MakePeers(Part):
         learn.model.multi_label |= s.multi_label
         s.device = next(learn.model.parameters()).device
         s.last_loss = torch.zeros((), device=s.device)
+        if s.weight is not None: s.weight = s.weight.to(s.device)
         self._open_ledger(o, s)
         learn.opt.zero_grad()
 

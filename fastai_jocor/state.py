@@ -59,7 +59,7 @@ class ItemSource:
         return self.kept_names if self.ds is None else item_names(self.ds)
     def __getstate__(self): return vars(self) | dict(ds=None, kept_names=self.names)
 
-# %% ../nbs/06b_state.ipynb #9d43ba4e
+# %% ../nbs/06b_state.ipynb #fc19ae0c
 class FitState:
     "What a `PeersCallback` knows of its fits"
     def start_anew(self):
@@ -70,7 +70,7 @@ class FitState:
 
     def forget(self):
         "Forget the ledger, the estimate, and how far the forget rate has risen"
-        self.items = self.estimate = None
+        self.items = self.estimate = self.evidence = None
         self.done = self.before = 0 # epochs trained in all fits, and before this one
         self.R = self.least = 0. # forget rate of the latest epoch, and of the last one before this fit
 
@@ -117,9 +117,11 @@ class FitState:
         "Whether an item may have several labels"
         return self.source.multi_label
 
+    def learned(self, seen): "Take up what an epoch has shown of each item"
+
     _kept = ('rows','done','before','R','least','gradual','warm_up')
 
-# %% ../nbs/06b_state.ipynb #bc7c985b
+# %% ../nbs/06b_state.ipynb #095fcb03
 @patch(as_prop=True)
 def estimated_rate(self:FitState)->float: # NaN as long as there is no estimate
     "The estimated share of wrong labels"
@@ -137,8 +139,9 @@ def rate_of(self:FitState,
 )->float: # In [0, 1)
     "The forget rate R of an epoch: nothing is dropped while τ is not known, and R never falls"
     if self.tau is None: return self.least
-    rates = forget_schedule(self.tau, self.before+self.n_epoch, self.gradual, self.exponent)
-    return max(float(rates[self.before+epoch]), self.least)
+    at = self.first_epoch+self.before+epoch
+    rates = forget_schedule(self.tau, at+1, self.gradual, self.exponent)
+    return max(float(rates[at]), self.least)
 
 # %% ../nbs/06b_state.ipynb #8c061f31
 @patch
@@ -158,7 +161,7 @@ def load_state_dict(self:FitState,
     if self.items is not None and state['ledger'] is not None: self.items.load_state(state['ledger'])
     self.estimate = None if state['estimate'] is None else NoiseEstimate(**state['estimate'])
 
-# %% ../nbs/06b_state.ipynb #f727c161
+# %% ../nbs/06b_state.ipynb #4a4e29dc
 class ForgetRate(Part):
     "Set the forget rate of each epoch"
     order = -8
@@ -175,3 +178,4 @@ class ForgetRate(Part):
     def before_train(self):
         o = self.owner
         o.R = self.learn.selection.R = o.rate_of(0 if o.finding else self.epoch)
+        self.learn.selection.owed = 0.

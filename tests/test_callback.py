@@ -8,7 +8,7 @@ from fastai.vision.all import (Adam, Callback, CancelBatchException, CrossEntrop
     accuracy, get_image_files, load_learner, nn, params, parent_label, partial, plt, resnet18, vision_learner)
 from fastai.data.load import SkipItemException
 from fastai_jocor.all import *
-from fastai_jocor.callback import PeersCallback
+from fastai_jocor.trainer import PeersCallback
 from fastai_jocor.peers import Peers
 from fastai_jocor.record import Sightings
 from learners import Record, Step, digits, digits64, finite, mlps64, plain, quiet, same, tensors, weights

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from fastai.vision.all import (Adam, Callback, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoader, DataLoaders,
     IndexSplitter, Learner, TransformBlock, accuracy, nn)
 from fastai_jocor.all import *
-from fastai_jocor.callback import PeersCallback
+from fastai_jocor.trainer import PeersCallback
 from learners import digits, fast_adam, finite, plain, quiet, tensors, weights
 
 optimizers = pytest.mark.parametrize('opt_func', (Adam, fast_adam), ids=('fastai','torch'))

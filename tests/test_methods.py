@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from hypothesis import given, strategies as st
 from fastai.vision.all import BCEWithLogitsLossFlat, Callback, SGD, load_learner, nn, partial, set_seed
 from fastai_jocor.all import *
-from fastai_jocor.callback import PeersCallback
-from fastai_jocor.methods import small_loss_mask
+from fastai_jocor.trainer import PeersCallback
+from fastai_jocor.selection import small_loss_mask
 from fastai_jocor.selection import keep_count
 from learners import Record, digits, digits64, mlps64, same, tensors, weights
 from sync import aten, as_on_a_gpu
