@@ -152,7 +152,7 @@ def look_at_batch(
     usable:Tensor=None # Which items have a label and finite logits, shape (N,), bool; `None` for all
 )->Tensor: # What the items are compared by, shape (N,): the running margin, as far as it counts
     "Bring running margins and shares up to date"
-    log_p = log_p.float()
+    log_p,targ = log_p.float(),targ.long()
     if usable is None: weight = log_p.new_full((len(log_p),), 1/len(log_p))
     else: weight = usable.float()/usable.sum().clamp_min(1)
     latest = torch.stack([weight @ log_p.exp(), _share_of(log_p.argmax(-1), weight, e.n_classes),
@@ -171,7 +171,7 @@ def hidden_columns(
     idx:Tensor # Positions of the items in the training set, shape (m,)
 )->dict: # Each of shape (m,); they tell something of hidden items only, but for `margin`
     "What the peer from which an item is hidden says of it, and its twins, for each item of some batches"
-    hidden = e.hidden[idx]
+    hidden,targ = e.hidden[idx],targ.long()
     own = logits.gather(0, hidden.clamp_min(0).view(1,-1,1).expand(1,-1,logits.shape[-1]))[0].float().log_softmax(-1)
     hits = (logits.argmax(-1) == targ).float()
     out = hits.gather(0, hidden.clamp_min(0)[None])[0]
