@@ -10,7 +10,10 @@ FOLDER, or the environment variable FASTAI_JOCOR_DATA, holds the data. Data that
 - `cifar10_features.npz`, `clothing_features.npz`: what a pretrained body sees, as arrays `x_train`, `y_train`, `x_test`
   and `y_test`; CIFAR-10's also with the labels that people gave: `aggre_label`, `random_label1`, `worse_label`;
 - `MNIST/raw`, `adult/adult.csv.gz`, `trec/train_5500.label` and `trec/TREC_10.label`;
-- `cifar10/{train,test}/<class>`, for the slow part.
+- `cifar10/{train,test}/<class>` and `clothing/{train,test}/<class>`, photographs for the slow part.
+
+The slow part also fine-tunes a pretrained EfficientNet-Lite0. timm fetches its weights, unless `--weights` or the
+environment variable FASTAI_JOCOR_WEIGHTS names a file of them, in timm's layout for `tf_efficientnet_lite0`.
 
 Each row of results/everyday.csv is one run: a cell (data, noise, epochs, learning rate), a method and a seed. Rows that
 are there are not run again. The learners are ordinary fastai learners. Their labels are corrupted before they see them,
@@ -24,7 +27,8 @@ from pathlib import Path
 from fastcore.script import call_parse
 from fastai.tabular.all import *
 from fastai.text.all import TextBlock, pad_input
-from fastai.vision.all import CategoryBlock, ChannelsLast, DataBlock, ColReader, ColSplitter
+from fastai.vision.all import CategoryBlock, ChannelsLast, ColReader, ColSplitter, DataBlock, ImageBlock
+from fastai.vision.all import get_image_files, IndexSplitter, Resize, ResizeMethod, vision_learner
 from torch.utils.data import TensorDataset
 from fastai_jocor.all import Asymmetric, InMemoryDataLoaders, InstanceDependent, JoCorCallback, Symmetric
 from fastai_jocor.all import jocor_cnn, jocor_mlp, mnist_dls
@@ -110,12 +114,26 @@ def cifar(path, seed):
     "10,000 images of CIFAR-10"
     return _some(_photographs(path), 10000, seed)
 
+def cifar3k(path, seed):
+    "3,000 images of CIFAR-10, to fine-tune a pretrained body on"
+    return _some(_photographs(path), 3000, seed)
+
+def clothing_photos(path, seed):
+    "Photographs of clothes in ten classes, 3,068 for training"
+    sets = [get_image_files(path/'clothing'/part).sorted() for part in ('train','test')]
+    if not sets[0]: raise FileNotFoundError(path/'clothing'/'train')
+    names = sorted({o.parent.name for o in sets[0]})
+    labels = [np.array([names.index(o.parent.name) for o in files]) for files in sets]
+    x,x_test = (np.array([str(o) for o in files]) for files in sets)
+    return Source(x, labels[0], x_test, labels[1], names, {})
+
 # Noise
 digit_pairs = {7:1, 2:7, 5:6, 6:5, 3:8}
 pairs = dict(digits=digit_pairs, mnist=digit_pairs, features={9:1, 2:0, 3:5, 5:3, 4:7}, adult={'>50K':'<=50K'},
              clothing={'shirt':'t-shirt', 't-shirt':'longsleeve', 'longsleeve':'shirt'},
              trec={'ENTY':'DESC', 'DESC':'ENTY', 'HUM':'ENTY', 'LOC':'NUM'})
-pairs |= dict(features5k=pairs['features'], features30=pairs['features'], cifar=pairs['features'])
+pairs |= dict(features5k=pairs['features'], features30=pairs['features'], cifar=pairs['features'],
+              clothing_photos=pairs['clothing'])
 
 def given_labels(d, data, noise, seed):
     "The labels that the learner gets"
@@ -177,8 +195,23 @@ def text_learner(d, y, bs, **kwargs):
     kwargs = dict(loss_func=CrossEntropyLossFlat()) | kwargs
     return Learner(dls, MeanOfWords(len(sets.vocab[0]), len(d.names)), **kwargs)
 
+WEIGHTS = os.environ.get('FASTAI_JOCOR_WEIGHTS')
+
+def photo_learner(d, y, bs, size=96, **kwargs):
+    "A pretrained body with a new head"
+    n,x,labels = len(y),[*d.x, *d.x_test],np.concatenate([y, d.y_test])
+    block = DataBlock((ImageBlock, CategoryBlock(vocab=d.names)), get_items=noop, get_x=lambda i: x[i],
+                      get_y=lambda i: d.names[labels[i]], splitter=IndexSplitter(range(n, len(x))),
+                      item_tfms=Resize(size, ResizeMethod.Squish))
+    dls = block.dataloaders(list(range(len(x))), bs=bs, num_workers=0)
+    if WEIGHTS: kwargs['pretrained_cfg_overlay'] = dict(file=WEIGHTS)
+    return vision_learner(dls, 'tf_efficientnet_lite0', loss_func=kwargs.pop('loss_func', None), **kwargs)
+
+def one_cycle(learn, epochs, lr, cbs): learn.fit_one_cycle(epochs, lr, cbs=cbs)
+def fine_tuned(learn, epochs, lr, cbs): learn.fine_tune(epochs, lr, freeze_epochs=2, cbs=cbs)
+
 # The cells
-Data = namedtuple('Data', 'source learner bs noises schedules part', defaults=['fast'])
+Data = namedtuple('Data', 'source learner bs noises schedules part fit', defaults=['fast', one_cycle])
 simple = 'clean', 'symmetric 50', 'asymmetric 40'
 light = 'clean', 'symmetric 30', 'asymmetric 30'
 people = 'clean', 'aggre', 'random', 'worse', 'symmetric 50', 'asymmetric 40'
@@ -194,7 +227,9 @@ tables = dict(
     mnist=Data(mnist, image_learner, 128, simple, [(10, 3e-3)]),
     features=Data(features, feature_learner, 128, people, [(10, 3e-3)]),
     features30=Data(features, feature_learner, 128, people, [(30, 3e-3)], 'slow'),
-    cifar=Data(cifar, image_learner, 128, [*simple, 'worse'], [(10, 3e-3), (30, 3e-3)], 'slow'))
+    cifar=Data(cifar, image_learner, 128, [*simple, 'worse'], [(10, 3e-3), (30, 3e-3)], 'slow'),
+    clothing_photos=Data(clothing_photos, photo_learner, 64, light, [(4, 2e-3)], 'slow', fine_tuned),
+    cifar3k=Data(cifar3k, photo_learner, 64, ['worse'], [(4, 2e-3)], 'slow', fine_tuned))
 Cell = namedtuple('Cell', 'data noise epochs lr')
 
 # The methods: how many networks, which loss, and which callback from the true noise rate
@@ -244,7 +279,7 @@ def train(d, y, cell, method, tau, seed):
     learn = table.learner(d, y, table.bs, **loss)
     cb = None if method.callback is None else method.callback(tau)
     watch = NoValidation() if cb is None else LastEpoch(cb)
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(cell.epochs, cell.lr, cbs=L(cb, watch).filter())
+    with learn.no_bar(), learn.no_logging(): table.fit(learn, cell.epochs, cell.lr, L(cb, watch).filter())
     return *probabilities(learn),cb,watch
 
 def run(cell, name, seed, path):
