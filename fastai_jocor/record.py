@@ -56,7 +56,7 @@ class Sightings:
     limit = 2**20 # Numbers that are held before they are worked out
     def __init__(self,
         s:Selection # The state of the fit
-    ): self.s,self.batches,self.folded,self.held = s,[],[],0
+    ): self.s,self.batches,self.folded,self.ignored,self.held = s,[],[],[],0
 
     def add(self):
         "Keep what the batch at hand shows"
@@ -77,15 +77,10 @@ class Sightings:
         if self.s.evidence is not None: cols |= hidden_columns(self.s.evidence, logits, targ, idx)
         if any(o is not None for o in pruned): cols = self._among_all(cols, n, pruned)
         cols = dict(idx=idx, repeated=torch.cat(repeated).bool(), **cols)
-        if any(o is not None for o in ignored): cols = self._with_label(cols, n, ignored)
         self.folded.append(cols)
+        none = torch.zeros(max(n), dtype=torch.bool, device=idx.device)
+        self.ignored += [none[:m] if o is None else o for o,m in zip(ignored, n)]
         self.batches,self.held = [],0
-
-    def _with_label(self, cols, n, ignored):
-        "The columns without the items that have no label"
-        device = self.s.device
-        none = torch.cat([torch.zeros(m, dtype=torch.bool, device=device) if o is None else o for o,m in zip(ignored, n)])
-        return {name: o[~none] for name,o in cols.items()}
 
     def _of_batch(self, o, at, n):
         return torch.zeros(n, device=self.s.device) if o is None else o[at:at+n]
@@ -99,12 +94,13 @@ class Sightings:
         return {name: o.new_full((sum(n),), empty[name]).index_copy_(0, at, o) for name,o in cols.items()}
 
     def columns(self)->dict: # From the name to what was seen of each item, in the order of the epoch
-        "All that was collected"
+        "All that was collected of items that have a label"
         if self.batches: self.fold()
         if not self.folded:
             device = self.s.device
             return {name: torch.empty(0, dtype=o, device=device) for name,o in self.dtypes.items()}
-        return {name: torch.cat([o[name] for o in self.folded]) for name in self.folded[0]}
+        labelled = ~torch.cat(self.ignored)
+        return {name: torch.cat([o[name] for o in self.folded])[labelled] for name in self.folded[0]}
 
 # %% ../nbs/06_record.ipynb #4616bb89
 def class_counts(

@@ -67,7 +67,9 @@ class Weigh(Part):
     def _select(self, e, by, usable):
         "Which items are kept, shape (N,), 0 or 1; how many in all processes"
         s = self.learn.selection
-        if s.across: by,usable = union(by),None if usable is None else union(usable)
+        if s.across:
+            if usable is None: usable = torch.ones_like(by, dtype=torch.bool) # another process may have items to leave out
+            by,usable = union(by),union(usable)
         R = 0. if self.frozen else s.R
         if s.ignored is None: n = s.drop_count(len(by), R)
         else: n = (R*(usable.sum() if usable is not None else len(by))).long()

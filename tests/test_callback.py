@@ -226,10 +226,22 @@ def test_the_step_does_not_synchronise(k, kw, monkeypatch):
     learn,loose,seen = digits(),digits(),[]
     loose.fit(2, 1e-3, cbs=JoCorCallback(k=k, seed=1, **kw))
     as_on_a_gpu(monkeypatch, seen)
-    learn.fit(2, 1e-3, cbs=JoCorCallback(k=k, seed=1, **kw))
-    at_work = aten.index_put_ if learn.selection.evidence else aten.topk
+    learn.fit(2, 1e-3, cbs=(cb := JoCorCallback(k=k, seed=1, **kw)))
+    at_work = aten.index_put_ if cb.by_evidence else aten.topk
     assert {aten._log_softmax.default, aten.cat.default} <= set(seen) and at_work in {o.overloadpacket for o in seen}
     assert same(weights(learn.model), weights(loose.model))
+
+@pytest.mark.parametrize('kw', ({}, dict(forget_rate=.5), dict(rule='schedule', forget_rate=.5)))
+def test_the_step_does_not_synchronise_where_labels_are_missing(kw, monkeypatch):
+    monkeypatch.setattr(Sightings, 'limit', 500)
+    x,y = torch.randn(96,8),torch.randint(0,4,(96,))
+    y[::5] = -100
+    net = nn.Linear(8,4)
+    learn,loose = [tensors(x, y, copy.deepcopy(net)) for _ in range(2)]
+    loose.fit(3, 1e-2, cbs=JoCorCallback(seed=1, **kw))
+    as_on_a_gpu(monkeypatch, [], ignores=True)
+    learn.fit(3, 1e-2, cbs=(cb := JoCorCallback(seed=1, **kw)))
+    assert (cb.ledger.seen == 3).sum() == 76 and same(weights(learn.model), weights(loose.model))
 
 def test_a_step_that_reads_a_value_is_seen(monkeypatch):
     class Reads(JoCorCallback):
