@@ -91,7 +91,7 @@ def class_weights(
 
 def without_weights(
     loss_func # The learner's loss
-): # The same, or a copy
+)->object: # The same, or a copy
     "A cross-entropy that counts all classes alike"
     if class_weights(loss_func) is None: return loss_func
     res = deepcopy(loss_func)

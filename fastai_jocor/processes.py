@@ -51,6 +51,7 @@ def gather_rows(
     dist.all_gather(parts, own)
     return torch.cat([p[:n] for p,n in zip(parts, sizes)])
 
+# %% ../nbs/03d_processes.ipynb #19e91dc5
 def union(
     t:Tensor # Of this process, shape (..., N), the same in every process
 )->Tensor: # Of all processes, shape (..., world*N)

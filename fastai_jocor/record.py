@@ -48,6 +48,7 @@ def _times_kept(kept, loss):
     times = torch.zeros(sum(map(len, loss)), device=at.device)
     return times.index_add_(0, at, torch.ones(len(at), device=at.device))
 
+# %% ../nbs/06_record.ipynb #032b9987
 class Sightings:
     "Collect what the batches of an epoch show, and work it out for many of them at once"
     dtypes = dict(idx=torch.long, repeated=torch.bool, kept=torch.float, loss=torch.float,
@@ -113,6 +114,7 @@ def class_counts(
     count = lambda labels, weights=None: torch.bincount(labels, weights, n_classes).double()
     return dict(given=count(given), kept=count(given, kept), votes=count(votes))
 
+# %% ../nbs/06_record.ipynb #4616bb8a
 class Record(Part):
     "Enter what was seen into the ledger, and give the figures of the epoch"
     order = 5

@@ -31,7 +31,8 @@ def test_train_command_as_in_the_paper(tmp_path):
     (dict(k=0),'k=0'), (dict(noise='gauss:.1'),"noise='gauss:.1'"), (dict(noise='symmetric:1.5'),'rate=1.5'),
     (dict(noise='human:worse:none.pt'),'does not exist'), (dict(subset=.5),'subset=0.5'),
     (dict(contrast='js'),"contrast='js'"), (dict(co_lambda=2),'co_lambda=2'), (dict(forget_rate=1.),'forget_rate=1.0'),
-    (dict(num_gradual=-1),'num_gradual=-1'), (dict(rule='paper'),"rule='paper'"), (dict(dataset='svhn'),"dataset='svhn'"), (dict(epochs=0),'epochs=0'),
+    (dict(num_gradual=-1),'num_gradual=-1'), (dict(rule='paper'),"rule='paper'"),
+    (dict(dataset='svhn'),"dataset='svhn'"), (dict(epochs=0),'epochs=0'),
     (dict(k='2,3'),'these are 2 runs'),
     (dict(dataset='mnist', path='/nowhere'),'no MNIST found'), (dict(options='{init: tail}'),"init='tail'")])
 def test_train_command_refuses(kw, msg, tmp_path):

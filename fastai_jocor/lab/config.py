@@ -137,7 +137,7 @@ def _check(cfg):
 
 # %% ../../nbs/lab/02_config.ipynb #1ab10013
 @patch(as_prop=True)
-def by_schedule(self:RunConfig)->bool:
+def by_schedule(self:RunConfig)->bool: # False where items are dropped for their own evidence
     "Whether a share of each batch is dropped that rises as a schedule says"
     if 'rule' not in methods[self.method].fields: return True
     if self.rule is not None: return self.rule == 'schedule'
