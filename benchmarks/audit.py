@@ -107,7 +107,7 @@ def top_loss(data, images, rec, seed, epochs):
     return dict(loss=-probabilities(learn, np.arange(len(rec)))[np.arange(len(rec)), rec.noisy])
 
 def jocor(data, images, rec, seed, epochs, k):
-    learn,cb = learner(data, images, rec, seed=seed),JoCorCallback(k=k)
+    learn,cb = learner(data, images, rec, seed=seed),JoCorCallback(k=k, rule='schedule')
     learn.fit_one_cycle(epochs, 2e-3, cbs=cb)
     f = cb.items.frame()
     return {name: score(f) for name,score in suspect_scores.items()}, cb.estimate

@@ -34,7 +34,7 @@ def run(data, noise, seed, path):
     learn = Learner(dls, jocor_mlp() if data == 'mnist' else jocor_cnn(), opt_func=fast_adam)
     learn.remove_cb(ProgressCallback)
     learn.logger = noop
-    cb = JoCorCallback(k=3, forget_rate='auto')
+    cb = JoCorCallback(k=3, forget_rate='auto', rule='schedule')
     cbs = [cb, StopWhenKnown()]
     if data == 'cifar': cbs += [ChannelsLast(), AutocastBF16()]
     learn.fit_one_cycle(10, 2e-3, cbs=cbs)

@@ -13,6 +13,7 @@ import itertools, torch, numpy as np
 from dataclasses import dataclass
 from fastai.basics import *
 from fastai.torch_core import get_random_states, set_random_states
+from .processes import in_any
 from .per_sample import (class_weights, first_output, ignored_label, is_multi_label, label_column,
                                      per_sample_loss, plain, without_weights)
 
@@ -188,8 +189,10 @@ def check_batch(
     s.per_sample = per_sample_loss(loss_func, pred, y)
     s.weight = class_weights(loss_func)
     s.unweighted = s.per_sample if s.weight is None else per_sample_loss(without_weights(loss_func), pred, y)
-    told = s.no_label is None or s.no_label >= 0 or y.device.type == 'cpu' or (y == s.no_label).any()
-    if not told: s.no_label = None # comparing each batch costs time
+    if s.no_label is not None and s.no_label < 0: # comparing each batch costs time
+        told = (y == s.no_label).any()
+        told = in_any(told) if s.across else told or y.device.type == 'cpu'
+        if not told: s.no_label = None
     s.checked = True
 
 # %% ../nbs/04_batch.ipynb #5d8ad578

@@ -56,26 +56,6 @@ class JoCorCallback(PeersCallback):
         self.parts.append(self.weigh)
         if prune: self.parts.append(Prune(self))
 
-    def _choose(self, rule):
-        "The schedule, if one of its arguments is given"
-        asks = dict(num_gradual=None, exponent=1., prune=None, balance=0.)
-        given = [f'{name}={getattr(self, name)!r}' for name,o in asks.items() if getattr(self, name) != o]
-        if given and rule == 'evidence':
-            raise ValueError(f"{given[0]} is an argument of rule='schedule': leave it out, or pass rule='schedule'")
-        return 'schedule' if given else rule
-
-    @classmethod
-    def paper(cls,
-        k:int=2, # Number of peers
-        co_lambda:float=.9, # Weight λ of the contrast, in [0, 1]
-        forget_rate:float=None, # τ, in [0, 1); for asymmetric noise of rate ε the official code takes ε/2
-        num_gradual:int=10, # Epochs over which R rises to τ
-        **kwargs # Of `JoCorCallback`
-    )->PeersCallback: # A `JoCorCallback`
-        "The published rule as the official code has it: a schedule that begins with its epoch 1, rounded in each batch"
-        return cls(k, co_lambda, forget_rate, num_gradual=num_gradual, rule='schedule', rounding='official',
-                   first_epoch=1, **kwargs)
-
     def batch_loss(self, logits, targ, R):
         s = self.selection
         if self.by_evidence: return self.weigh.loss(logits, targ)
@@ -97,6 +77,28 @@ class JoCorCallback(PeersCallback):
         if not items.scored.any(): return
         quantiles = class_quantiles(items.last_loss, items.given_label, self.n_classes, (1-self.tau)/2)
         self.behind = self.balance*quantiles
+
+# %% ../nbs/08_callback.ipynb #bbf1fb57
+@patch(cls_method=True)
+def paper(cls:JoCorCallback,
+    k:int=2, # Number of peers
+    co_lambda:float=.9, # Weight λ of the contrast, in [0, 1]
+    forget_rate:float=None, # τ, in [0, 1); for asymmetric noise of rate ε the official code takes ε/2
+    num_gradual:int=10, # Epochs over which R rises to τ
+    **kwargs # Of `JoCorCallback`
+)->PeersCallback: # A `JoCorCallback`
+    "The published rule as the official code has it: a schedule that begins with its epoch 1, rounded in each batch"
+    return cls(k, co_lambda, forget_rate, num_gradual=num_gradual, rule='schedule', rounding='official',
+               first_epoch=1, **kwargs)
+
+@patch
+def _choose(self:JoCorCallback, rule):
+    "The schedule, if one of its arguments is given"
+    asks = dict(num_gradual=None, exponent=1., prune=None, balance=0.)
+    given = [f'{name}={getattr(self, name)!r}' for name,o in asks.items() if getattr(self, name) != o]
+    if given and rule == 'evidence':
+        raise ValueError(f"{given[0]} is an argument of rule='schedule': leave it out, or pass rule='schedule'")
+    return 'schedule' if given else rule
 
 # %% ../nbs/08_callback.ipynb #20107a43
 @patch(as_prop=True)
@@ -129,7 +131,7 @@ def less_behind(self:JoCorCallback,
 
 # %% ../nbs/08_callback.ipynb #4247a83c
 @patch(as_prop=True)
-def estimates(self:JoCorCallback)->bool:
+def estimates(self:JoCorCallback)->bool: # True only with a schedule
     "Whether τ is estimated from the first epochs of a schedule"
     return not self.by_evidence and FitState.estimates.fget(self)
 
@@ -154,6 +156,7 @@ def rate_of(self:JoCorCallback,
     if not self.by_evidence: return FitState.rate_of(self, epoch)
     return 0. if self.evidence is None else self.evidence.R
 
+# %% ../nbs/08_callback.ipynb #4247a83d
 @patch
 def state_dict(self:JoCorCallback)->dict: # Of plain values and tensors
     "What an interrupted fit needs to go on"
@@ -168,7 +171,7 @@ def load_state_dict(self:JoCorCallback,
     old = state['evidence']
     if old is None: return
     device = self.selection.device
-    e = Evidence(len(old['hidden']), self.k, old['running'].shape[1], tau=self.weigh.tau, device=device, without=self.without)
+    e = Evidence(len(old['hidden']), self.k, old['running'].shape[1], 0, self.weigh.tau, device, self.without)
     self.evidence = load_evidence(e, old)
 
 @patch

@@ -9,7 +9,7 @@ __all__ = ['plain', 'first_output', 'label_column', 'is_plain_ce', 'is_multi_lab
            'class_weights', 'without_weights', 'ignored_label']
 
 # %% ../nbs/03f_per_sample.ipynb #306780ba
-import copy, torch
+import torch
 from fastai.basics import *
 from fastai.layers import NoneReduce
 
@@ -91,10 +91,10 @@ def class_weights(
 
 def without_weights(
     loss_func # The learner's loss
-): # The same, or a copy
+)->object: # The same, or a copy
     "A cross-entropy that counts all classes alike"
     if class_weights(loss_func) is None: return loss_func
-    res = copy.deepcopy(loss_func)
+    res = deepcopy(loss_func)
     cross_entropy_of(res).weight = None
     return res
 

@@ -48,6 +48,7 @@ def _times_kept(kept, loss):
     times = torch.zeros(sum(map(len, loss)), device=at.device)
     return times.index_add_(0, at, torch.ones(len(at), device=at.device))
 
+# %% ../nbs/06_record.ipynb #032b9987
 class Sightings:
     "Collect what the batches of an epoch show, and work it out for many of them at once"
     dtypes = dict(idx=torch.long, repeated=torch.bool, kept=torch.float, loss=torch.float,
@@ -56,7 +57,7 @@ class Sightings:
     limit = 2**20 # Numbers that are held before they are worked out
     def __init__(self,
         s:Selection # The state of the fit
-    ): self.s,self.batches,self.folded,self.held = s,[],[],0
+    ): self.s,self.batches,self.folded,self.ignored,self.held = s,[],[],[],0
 
     def add(self):
         "Keep what the batch at hand shows"
@@ -77,15 +78,10 @@ class Sightings:
         if self.s.evidence is not None: cols |= hidden_columns(self.s.evidence, logits, targ, idx)
         if any(o is not None for o in pruned): cols = self._among_all(cols, n, pruned)
         cols = dict(idx=idx, repeated=torch.cat(repeated).bool(), **cols)
-        if any(o is not None for o in ignored): cols = self._with_label(cols, n, ignored)
         self.folded.append(cols)
+        none = torch.zeros(max(n), dtype=torch.bool, device=idx.device)
+        self.ignored += [none[:m] if o is None else o for o,m in zip(ignored, n)]
         self.batches,self.held = [],0
-
-    def _with_label(self, cols, n, ignored):
-        "The columns without the items that have no label"
-        device = self.s.device
-        none = torch.cat([torch.zeros(m, dtype=torch.bool, device=device) if o is None else o for o,m in zip(ignored, n)])
-        return {name: o[~none] for name,o in cols.items()}
 
     def _of_batch(self, o, at, n):
         return torch.zeros(n, device=self.s.device) if o is None else o[at:at+n]
@@ -99,12 +95,13 @@ class Sightings:
         return {name: o.new_full((sum(n),), empty[name]).index_copy_(0, at, o) for name,o in cols.items()}
 
     def columns(self)->dict: # From the name to what was seen of each item, in the order of the epoch
-        "All that was collected"
+        "All that was collected of items that have a label"
         if self.batches: self.fold()
         if not self.folded:
             device = self.s.device
             return {name: torch.empty(0, dtype=o, device=device) for name,o in self.dtypes.items()}
-        return {name: torch.cat([o[name] for o in self.folded]) for name in self.folded[0]}
+        labelled = ~torch.cat(self.ignored)
+        return {name: torch.cat([o[name] for o in self.folded])[labelled] for name in self.folded[0]}
 
 # %% ../nbs/06_record.ipynb #4616bb89
 def class_counts(
@@ -117,6 +114,7 @@ def class_counts(
     count = lambda labels, weights=None: torch.bincount(labels, weights, n_classes).double()
     return dict(given=count(given), kept=count(given, kept), votes=count(votes))
 
+# %% ../nbs/06_record.ipynb #4616bb8a
 class Record(Part):
     "Enter what was seen into the ledger, and give the figures of the epoch"
     order = 5

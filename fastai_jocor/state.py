@@ -116,7 +116,6 @@ class FitState:
     def multi_label(self):
         "Whether an item may have several labels"
         return self.source.multi_label
-
     def learned(self, seen): "Take up what an epoch has shown of each item"
 
     _kept = ('rows','done','before','R','least','gradual','warm_up')

@@ -81,11 +81,13 @@ class PeersCallback(FitState, Callback):
 
     def after_fit(self): self.undo()
 
-    def undo(self):
-        "Leave the learner as a fit without this callback would, but for the peers"
-        for part in self.parts: part.undo()
-        vars(self.learn).pop('selection', None)
-        self.selection = Selection()
+# %% ../nbs/07d_trainer.ipynb #78a68d23
+@patch
+def undo(self:PeersCallback):
+    "Leave the learner as a fit without this callback would, but for the peers"
+    for part in self.parts: part.undo()
+    vars(self.learn).pop('selection', None)
+    self.selection = Selection()
 
 # %% ../nbs/07d_trainer.ipynb #7cb3dbb9
 @patch
@@ -128,6 +130,7 @@ def keep_small(self:PeersCallback,
     if s.weight is None: return few.mean(), kept, losses
     return few.sum()/s.weight[s.targ[kept]].sum(), kept, losses
 
+# %% ../nbs/07d_trainer.ipynb #f6845eeb
 @patch
 def keep_count(self:PeersCallback,
     n:int, # Items to select from
@@ -160,6 +163,7 @@ def mean_kept(self:PeersCallback,
     if s.weight is not None:
         n = (times*s.weight[s.targ]).sum(-1)
         if s.across: torch.distributed.all_reduce(n)
+        n = torch.where(n > 0, n, 1.)
     elif isinstance(n, Tensor): n = n.clamp(min=1)
     total = torch.where(times > 0, losses*times, 0.).sum(-1)
     return total*s.world/n if s.across else total/n

@@ -1,4 +1,4 @@
-"""The default of `JoCorCallback` at work: hide items from peers, drop what speaks against its label, watch for memorising
+"""The default of `JoCorCallback` at work: hide items from peers, drop what speaks against its label
 
 Docs: https://fastai-jocor.github.io/fastai_jocor/weigh.html.md"""
 
@@ -64,29 +64,34 @@ class Weigh(Part):
         if s.bad is not None: ranked = ranked.masked_fill(s.bad, torch.inf)
         return o.mean_kept(losses, times.to(losses.dtype), n), times, ranked
 
-    def _select(self, e, by, usable):
-        "Which items are kept, shape (N,), 0 or 1; how many in all processes"
-        s = self.learn.selection
-        if s.across: by,usable = union(by),None if usable is None else union(usable)
-        R = 0. if self.frozen else s.R
-        if s.ignored is None: n = s.drop_count(len(by), R)
-        else: n = (R*(usable.sum() if usable is not None else len(by))).long()
-        keep = keep_by_margin(by, math.inf if self.frozen else e.threshold, n, usable)
-        return (own_part(keep) if s.across else keep).float(), keep.sum()
-
-    def learned(self,
-        seen:dict # Columns of an epoch, each of shape (m,)
-    ):
-        "Take up what an epoch has shown"
-        o,s = self.owner,self.learn.selection
-        e = s.evidence
-        if e is None or 'hidden' not in seen: return
-        if s.world > 1:
-            torch.distributed.all_reduce(e.running)
-            e.running /= s.world
-        close_epoch(e, seen, hold=self.frozen)
-        agree = seen['agree'].double()
-        o.estimate = est = estimate_from(e, 1-float(agree.mean()) if len(agree) else 0.)
-        o.record.figures |= dict(noise_low=est.low, noise_high=est.high)
-
 def _and(a, b): return b if a is None else a & b
+
+# %% ../nbs/07c_weigh.ipynb #ab142986
+@patch
+def _select(self:Weigh, e, by, usable):
+    "Which items are kept, shape (N,), 0 or 1; how many in all processes"
+    s = self.learn.selection
+    if s.across:
+        if usable is None: usable = torch.ones_like(by, dtype=torch.bool) # others may have such that are not
+        by,usable = union(by),union(usable)
+    R = 0. if self.frozen else s.R
+    if s.ignored is None: n = s.drop_count(len(by), R)
+    else: n = (R*(usable.sum() if usable is not None else len(by))).long()
+    keep = keep_by_margin(by, math.inf if self.frozen else e.threshold, n, usable)
+    return (own_part(keep) if s.across else keep).float(), keep.sum()
+
+@patch
+def learned(self:Weigh,
+    seen:dict # Columns of an epoch, each of shape (m,)
+):
+    "Take up what an epoch has shown"
+    o,s = self.owner,self.learn.selection
+    e = s.evidence
+    if e is None or 'hidden' not in seen: return
+    if s.world > 1:
+        torch.distributed.all_reduce(e.running)
+        e.running /= s.world
+    close_epoch(e, seen, hold=self.frozen)
+    agree = seen['agree'].double()
+    o.estimate = est = estimate_from(e, 1-float(agree.mean()) if len(agree) else 0.)
+    o.record.figures |= dict(noise_low=est.low, noise_high=est.high)

@@ -37,21 +37,33 @@ def step(opt, loss):
 
 def adam(nets, lr): return torch.optim.Adam([p for m in nets for p in m.parameters()], lr=lr)
 
-def train(nets, batches, rates, lr, losses=joint_losses):
-    "Train peers on batches `(epoch, x, y)`; gives the kept places of each batch"
+def train(nets, batches, rates, lr, losses=joint_losses, weight=None):
+    "Train peers on batches `(epoch, x, y)`, with class weights in the mean only; gives the kept places of each batch"
     opt,kept = adam(nets, lr),[]
     for epoch,x,y in batches:
         loss = losses([m(x) for m in nets], y)
         kept.append(smallest(loss, rates[epoch]))
+        step(opt, mean_of(loss, kept[-1], None if weight is None else weight[y]))
+    return kept
+
+def train_carried(nets, batches, rates, lr, losses=joint_losses):
+    "As `train`, but what is left of `R*n` goes to the next batch; gives the kept places of each batch"
+    opt,kept,owed,was = adam(nets, lr),[],0.,-1
+    for epoch,x,y in batches:
+        loss = losses([m(x) for m in nets], y)
+        owed,was = (owed if epoch == was else 0.)+rates[epoch]*len(y),epoch
+        n = int(owed+1e-6)
+        owed -= n
+        kept.append(torch.as_tensor(np.argsort(loss.detach().numpy(), kind='stable')[:len(y)-n]))
         step(opt, loss[kept[-1]].mean())
     return kept
 
 # --- Co-teaching
 
-def taught(zs, y, rate, plus, loss=cross_entropy):
+def taught(zs, y, rate, plus):
     "For each peer the items that the next one chooses for it, among those on which the two disagree with `plus`"
     k,n = len(zs),len(y)
-    losses = [[loss(z[i:i+1], y[i:i+1]).item() for i in range(n)] for z in zs]
+    losses = [[cross_entropy(z[i:i+1], y[i:i+1]).item() for i in range(n)] for z in zs]
     best = [z.argmax(-1).tolist() for z in zs]
     chosen = []
     for m in range(k):
@@ -61,18 +73,21 @@ def taught(zs, y, rate, plus, loss=cross_entropy):
         chosen.append(order[:n_kept(rate, len(among))])
     return chosen
 
-def mean_of(losses, idx):
-    "Mean loss over some items, 0 without one"
-    return losses[torch.as_tensor(idx)].mean() if len(idx) else losses.sum()*0
+def mean_of(losses, idx, weight=None):
+    "Mean loss over some items, weighted or not; 0 without one"
+    if not len(idx): return losses.sum()*0
+    idx = torch.as_tensor(idx)
+    return losses[idx].mean() if weight is None else (weight*losses)[idx].sum()/weight[idx].sum()
 
-def co_teach(nets, batches, rates, lr, plus, loss=cross_entropy):
+def co_teach(nets, batches, rates, lr, plus, weight=None):
     "Train each peer on what the next one chose; gives `(epoch, items kept by a peer, items)` of each batch"
     opts,shares = [adam([m], lr) for m in nets],[]
     for epoch,x,y in batches:
         zs = [m(x) for m in nets]
-        chosen = taught([z.detach() for z in zs], y, rates[epoch], plus, loss)
+        chosen = taught([z.detach() for z in zs], y, rates[epoch], plus)
         shares.append((epoch, sum(map(len, chosen))/len(nets), len(y)))
-        for opt,z,idx in zip(opts, zs, chosen): step(opt, mean_of(loss(z, y), idx))
+        by_label = None if weight is None else weight[y]
+        for opt,z,idx in zip(opts, zs, chosen): step(opt, mean_of(cross_entropy(z, y), idx, by_label))
     return shares
 
 def assert_same_weights(nets, others, atol=1e-5):

@@ -2,6 +2,7 @@
 import pytest, torch
 from contextlib import contextmanager
 from torch.utils._python_dispatch import TorchDispatchMode
+from fastai_jocor import batch
 from fastai_jocor.batch import Selection
 from fastai_jocor.step import Part, SmallLoss
 
@@ -44,7 +45,8 @@ def guard_steps(monkeypatch, guard, first=0):
     monkeypatch.setattr(Part, '__call__', guarded_call)
     monkeypatch.setattr(SmallLoss, 'loss', guarded_loss)
 
-def as_on_a_gpu(monkeypatch, seen):
-    "What a callback does on a GPU, on a CPU"
+def as_on_a_gpu(monkeypatch, seen, ignores=False):
+    "What a callback does on a GPU, on a CPU; there labels are ignored only if the first batch has one that is"
     monkeypatch.setattr(Selection, 'reads_are_free', False)
+    if not ignores: monkeypatch.setattr(batch, 'ignored_label', lambda loss_func: None)
     guard_steps(monkeypatch, lambda: no_reads(seen))

@@ -48,7 +48,7 @@ def test_same_weights_as_a_loop():
     "The quantiles of an epoch are those of the losses that the epoch before saw"
     learn,rec,nets = digits64(),Record(),mlps64(3)
     twins = copy.deepcopy(nets)
-    cb = JoCorCallback(k=3, models=nets, co_lambda=.8, forget_rate=.5, num_gradual=1, balance=.7)
+    cb = JoCorCallback(k=3, models=nets, co_lambda=.8, forget_rate=.5, num_gradual=1, balance=.7, rounding='official')
     see = Behind(cb)
     learn.fit(4, 1e-3, cbs=[cb, rec, see])
     wants = balanced_loop(twins, rec.batches)
@@ -58,7 +58,7 @@ def test_same_weights_as_a_loop():
 
 def kept_of_the_least_class(balance, seed):
     "Share in which the right labels of the worst class were kept, and the accuracy; 80% of the labels are wrong"
-    learn,cb = digits(Symmetric(.8), seed),JoCorCallback(k=3, balance=balance, seed=seed)
+    learn,cb = digits(Symmetric(.8), seed),JoCorCallback(k=3, balance=balance, seed=seed, rule='schedule')
     learn.fit_one_cycle(40, 2e-2, cbs=cb)
     true,right = learn.dls.noise.true,~learn.dls.noise.flipped
     kept = cb.items.frame().kept.to_numpy()
@@ -69,7 +69,7 @@ def test_no_class_is_lost():
     assert balanced[0] > without[0]+.05 and balanced[1] > without[1]
 
 def test_off_is_off_and_a_second_fit_goes_on():
-    learn,cb,off = digits(),JoCorCallback(k=2, balance=.5),JoCorCallback(k=2)
+    learn,cb,off = digits(),JoCorCallback(k=2, balance=.5),JoCorCallback(k=2, rule='schedule')
     on,other = Behind(cb),Behind(off)
     for _ in range(2): learn.fit(1, 1e-3, cbs=[cb, on])
     learn.fit(1, 1e-3, cbs=[off, other])
@@ -100,7 +100,8 @@ class PrunedByQuantiles(Callback):
 
 def test_with_approximate_pruning():
     "By the losses of earlier epochs less the same quantiles"
-    cb = JoCorCallback(k=2, forget_rate=.6, num_gradual=1, balance=.5, prune='approx', refresh=2, seed=1)
+    cb = JoCorCallback(k=2, forget_rate=.6, num_gradual=1, balance=.5, prune='approx', refresh=2, seed=1,
+        rounding='official')
     see = PrunedByQuantiles(cb)
     digits().fit(4, 1e-3, cbs=[cb, see])
     assert len(see.differ) > 10 and any(see.differ)

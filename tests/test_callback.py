@@ -11,11 +11,12 @@ from fastai_jocor.all import *
 from fastai_jocor.trainer import PeersCallback
 from fastai_jocor.peers import Peers
 from fastai_jocor.record import Sightings
-from learners import Record, Step, digits, digits64, finite, mlps64, plain, quiet, same, tensors, weights
+from learners import SCHEDULE, Record, Step, digits, digits64, finite, mlps64, plain, quiet, same, tensors, weights
 from sync import aten, as_on_a_gpu, guard_steps
 import reference
 
-COLUMNS = ['R','kept','agreement','label_precision','label_recall','non_finite']
+COLUMNS = ['R','kept','agreement','noise_low','noise_high','label_precision','label_recall','non_finite']
+OF_SCHEDULE = [o for o in COLUMNS if not o.startswith('noise')]
 WEIGHT = torch.linspace(.5, 2, 10, dtype=torch.float64)
 
 # --- against a loop
@@ -24,17 +25,36 @@ WEIGHT = torch.linspace(.5, 2, 10, dtype=torch.float64)
 def test_same_weights_as_a_loop(k, weight):
     learn,rec,nets = digits64(weight),Record(),mlps64(k)
     twins = copy.deepcopy(nets)
-    cb = JoCorCallback(k=k, models=nets, co_lambda=.8, forget_rate=.5)
+    cb = JoCorCallback(k=k, models=nets, co_lambda=.8, forget_rate=.5, **SCHEDULE)
     learn.fit(4, 1e-3, cbs=[cb, rec])
-    loss = partial(F.cross_entropy, weight=weight, reduction='none')
-    reference.train(twins, rec.batches, [0,.5,.5,.5], 1e-3, partial(reference.joint_losses, loss=loss))
+    reference.train(twins, rec.batches, [0,.5,.5,.5], 1e-3, weight=weight)
     assert len(rec.batches) == 4*len(learn.dls.train) and cb.history.R.tolist() == [0,.5,.5,.5]
+    reference.assert_same_weights(learn.model.peers, twins)
+
+def test_what_is_left_of_a_batch_goes_to_the_next():
+    learn,rec,nets = digits64(bs=50),Record(),mlps64(2)
+    twins,rates = copy.deepcopy(nets),[.13]*2
+    cb = JoCorCallback(models=nets, forget_rate=.13, num_gradual=0)
+    learn.fit(2, 1e-3, cbs=[cb, rec])
+    kept = reference.train_carried(twins, rec.batches, rates, 1e-3)
+    assert {len(o) for o in kept} == {43,44} and cb.history.kept.tolist() == [.87]*2
+    reference.assert_same_weights(learn.model.peers, twins)
+
+def test_the_published_rule():
+    "It begins with the schedule's epoch 1, and rounds in each batch"
+    learn,rec,nets = digits64(),Record(),mlps64(2)
+    twins = copy.deepcopy(nets)
+    cb = JoCorCallback.paper(co_lambda=.7, forget_rate=.4, num_gradual=5, models=nets)
+    learn.fit(5, 1e-3, cbs=[cb, rec])
+    np.testing.assert_allclose(cb.history.R, [.1,.2,.3,.4,.4])
+    losses = partial(reference.joint_losses, co_lambda=.7)
+    reference.train(twins, rec.batches, [.1,.2,.3,.4,.4], 1e-3, losses)
     reference.assert_same_weights(learn.model.peers, twins)
 
 def test_figures_of_the_table():
     "Against a count by hand over the recorded batches, with nothing learned (lr 0)"
     learn,rec = digits64(),Record()
-    cb = JoCorCallback(k=3, seed=1, num_gradual=0)
+    cb = JoCorCallback(k=3, seed=1, num_gradual=0, rounding='official')
     learn.fit(1, 0., cbs=[cb,rec])
     flipped,hit,kept,clean,agree,n = learn.dls.noise.flipped,0,0,0,0,0
     for idx,(_,x,y) in zip(rec.items(learn), rec.batches):
@@ -45,23 +65,26 @@ def test_figures_of_the_table():
         clean,n = clean+right.sum(),n+len(y)
         votes = torch.stack(zs).argmax(-1)
         agree += int((votes == votes[0]).all(0).sum())
-    row = cb.history.iloc[0][COLUMNS].astype(float)
+    row = cb.history.iloc[0][OF_SCHEDULE].astype(float)
     np.testing.assert_allclose(row, [.5, kept/n, agree/n, hit/kept, hit/clean, 0], rtol=1e-6)
 
 # --- the table
 
-def test_columns_and_history():
-    learn,cb = digits(),JoCorCallback(k=2)
+@pytest.mark.parametrize('rule,columns', (('evidence',COLUMNS), ('schedule',OF_SCHEDULE)))
+def test_columns_and_history(rule, columns):
+    learn,cb = digits(),JoCorCallback(k=2, rule=rule)
     learn.fit(2, 1e-3, cbs=cb)
     names = list(learn.recorder.metric_names)
-    assert names == ['epoch','train_loss','valid_loss','accuracy',*COLUMNS,'time']
+    assert names == ['epoch','train_loss','valid_loss','accuracy',*columns,'time']
     assert all(len(v) == len(names)-2 for v in learn.recorder.values)
     assert [v[3] for v in learn.recorder.values] == cb.history.R.tolist()
-    assert list(cb.history) == ['epoch',*COLUMNS] and len(learn.validate()) == 2
+    assert list(cb.history) == ['epoch',*columns] and len(learn.validate()) == 2
 
 def test_columns_where_the_truth_is_not_known():
     learn,cb = digits(noise=None),JoCorCallback(forget_rate=.2)
     learn.fit(1, cbs=cb)
+    assert list(cb.history) == ['epoch','R','kept','agreement','noise_low','noise_high','non_finite']
+    learn.fit(1, cbs=(cb := JoCorCallback(forget_rate=.2, rule='schedule')))
     assert list(cb.history) == ['epoch','R','kept','agreement','non_finite']
 
 def test_the_columns_are_gone_after_the_fit():
@@ -194,7 +217,8 @@ def test_a_callback_goes_on_with_its_own_learner():
 
 # --- the step
 
-KINDS = [(1,{}), (3,{}), (3,dict(prune='exact')), (3,dict(prune='approx', refresh=2)), (3,dict(balance=.5))]
+KINDS = [(1,{}), (3,{}), (3,dict(forget_rate=.5)), (3,dict(rule='schedule')), (3,dict(prune='exact')),
+    (3,dict(prune='approx', refresh=2)), (3,dict(balance=.5))]
 
 @pytest.mark.parametrize('k,kw', KINDS)
 def test_the_step_does_not_synchronise(k, kw, monkeypatch):
@@ -202,9 +226,22 @@ def test_the_step_does_not_synchronise(k, kw, monkeypatch):
     learn,loose,seen = digits(),digits(),[]
     loose.fit(2, 1e-3, cbs=JoCorCallback(k=k, seed=1, **kw))
     as_on_a_gpu(monkeypatch, seen)
-    learn.fit(2, 1e-3, cbs=JoCorCallback(k=k, seed=1, **kw))
-    assert {aten.topk.default, aten._log_softmax.default, aten.cat.default} <= set(seen)
+    learn.fit(2, 1e-3, cbs=(cb := JoCorCallback(k=k, seed=1, **kw)))
+    at_work = aten.index_put_ if cb.by_evidence else aten.topk
+    assert {aten._log_softmax.default, aten.cat.default} <= set(seen) and at_work in {o.overloadpacket for o in seen}
     assert same(weights(learn.model), weights(loose.model))
+
+@pytest.mark.parametrize('kw', ({}, dict(forget_rate=.5), dict(rule='schedule', forget_rate=.5)))
+def test_the_step_does_not_synchronise_where_labels_are_missing(kw, monkeypatch):
+    monkeypatch.setattr(Sightings, 'limit', 500)
+    x,y = torch.randn(96,8),torch.randint(0,4,(96,))
+    y[::5] = -100
+    net = nn.Linear(8,4)
+    learn,loose = [tensors(x, y, copy.deepcopy(net)) for _ in range(2)]
+    loose.fit(3, 1e-2, cbs=JoCorCallback(seed=1, **kw))
+    as_on_a_gpu(monkeypatch, [], ignores=True)
+    learn.fit(3, 1e-2, cbs=(cb := JoCorCallback(seed=1, **kw)))
+    assert (cb.ledger.seen == 3).sum() == 76 and same(weights(learn.model), weights(loose.model))
 
 def test_a_step_that_reads_a_value_is_seen(monkeypatch):
     class Reads(JoCorCallback):
@@ -307,7 +344,9 @@ BAD_ARGUMENTS = [
     (dict(k=0), 'k=0'), (dict(k=2.5), 'k=2.5'), (dict(k='3'), "k='3'"), (dict(k=True), 'k=True'),
     (dict(contrast='js'), "contrast='js'"), (dict(contrast=['kl']), 'contrast='),
     (dict(co_lambda=1.2), 'co_lambda=1.2'), (dict(co_lambda='0.5'), "co_lambda='0.5'"),
-    (dict(co_lambda=None), 'co_lambda=None'),
+    (dict(rule='paper'), "rule='paper'"), (dict(without=('margn',)), "without='margn'"),
+    (dict(rule='evidence', balance=.5), 'balance=0.5 is an argument of rule=.schedule'),
+    (dict(rounding='up'), "rounding='up'"), (dict(first_epoch=-1), 'first_epoch=-1'),
     (dict(forget_rate=1.), 'forget_rate=1.0'), (dict(forget_rate=-.1), 'forget_rate=-0.1'),
     (dict(forget_rate='0.2'), "forget_rate='0.2'"),
     (dict(num_gradual=-1), 'num_gradual=-1'), (dict(num_gradual=2.5), 'num_gradual=2.5'),
@@ -332,7 +371,7 @@ def test_bad_targets(y, msg):
     with pytest.raises(ValueError, match=msg): learn.fit(1, cbs=JoCorCallback(forget_rate=.1))
     assert learn.model is model
 
-@pytest.mark.parametrize('wrong', (-100, -1, 4))
+@pytest.mark.parametrize('wrong', (-101, -1, 4))
 def test_a_bad_target_in_a_later_batch(wrong):
     y = torch.randint(0,4,(96,))
     y[90] = wrong
@@ -341,6 +380,28 @@ def test_a_bad_target_in_a_later_batch(wrong):
     y[90] = 0
     learn.dls = cells(y).dls
     learn.fit(1, cbs=JoCorCallback(forget_rate=.1))
+
+RULES = pytest.mark.parametrize('kw', (dict(), dict(rule='schedule')), ids=('evidence','schedule'))
+
+@RULES
+def test_items_without_a_label_take_no_place(kw):
+    "The label that cross-entropy ignores: the same weights and ledger as without them"
+    found,x,y = [],torch.randn(96,8),torch.randint(0,4,(96,))
+    none = torch.arange(96) % 3 == 0
+    y[none] = -100
+    nets = [nn.Linear(8,4) for _ in range(2)]
+    learn = tensors(x, y, nn.Linear(8,4))
+    cb = JoCorCallback(forget_rate=.25, models=copy.deepcopy(nets), co_lambda=.5, **kw)
+    learn.fit(3, 1e-2, cbs=cb)
+    assert (cb.items.seen[none] == 0).all() and (cb.items.seen[~none] == 3).all()
+    assert cb.history.kept.between(.7, 1).all() and cb.ledger.given_label[~none.numpy()].between(0, 3).all()
+    assert finite(learn.model) and not same(weights(nn.ModuleList(nets)), weights(learn.model.peers))
+    if not kw: return
+    twins,(x,y) = copy.deepcopy(nets),(x[~none],y[~none])
+    at = torch.arange(96)[~none]//32
+    batches = [(e, x[at == i], y[at == i]) for e in range(3) for i in range(3)]
+    reference.train(twins, batches, cb.history.R.tolist(), 1e-2, partial(reference.joint_losses, co_lambda=.5))
+    reference.assert_same_weights(learn.model.peers, twins, atol=1e-4)
 
 def test_bad_loss_and_model():
     y = torch.randint(0,4,(96,))
@@ -414,7 +475,7 @@ def test_image_folder_with_a_small_resnet(tmp_path):
     learn.fit_one_cycle(2, 1e-3, cbs=cb)
     n = [len(L(params(m))) for m in learn.model.peers]
     assert sum(len(g) for g in learn.opt.param_lists) == sum(n) and len(learn.opt.param_lists) == 3
-    assert cb.history.label_precision.between(0,1).all() and cb.history.kept.iloc[-1] < .75
+    assert cb.history.label_precision.between(0,1).all() and cb.history.noise_high.between(0,1).all()
     learn.export()
     probs = load_learner(tmp_path/'export.pkl').predict(get_image_files(tmp_path)[0])[2]
     assert probs.sum() == pytest.approx(1, abs=1e-5)

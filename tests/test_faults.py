@@ -6,7 +6,7 @@ from fastai.vision.all import (Adam, Callback, CategoryBlock, CrossEntropyLossFl
     IndexSplitter, Learner, TransformBlock, accuracy, nn)
 from fastai_jocor.all import *
 from fastai_jocor.trainer import PeersCallback
-from learners import digits, fast_adam, finite, plain, quiet, tensors, weights
+from learners import SCHEDULE, digits, fast_adam, finite, plain, quiet, tensors, weights
 
 optimizers = pytest.mark.parametrize('opt_func', (Adam, fast_adam), ids=('fastai','torch'))
 
@@ -18,16 +18,20 @@ def images(n=128, c=4, seed=0):
 
 @pytest.mark.parametrize('value', (float('nan'), float('inf'), -float('inf')))
 @optimizers
-def test_bad_images_are_never_kept(value, opt_func):
+@pytest.mark.parametrize('rule', ('evidence','schedule'))
+def test_bad_images_are_never_kept(value, opt_func, rule):
     x,y = images()
     x[3],x[40,1,2,3],x[41,0],x[99,:,0] = value,value,value,value
     bad = torch.zeros(128, dtype=torch.bool)
     bad[[3,40,41,99]] = True
     learn = tensors(x, y, jocor_cnn(4), opt_func=opt_func)
-    cb = JoCorCallback(k=2, forget_rate=.1, num_gradual=0)
+    kw = dict(num_gradual=0, rounding='official') if rule == 'schedule' else {}
+    cb = JoCorCallback(k=2, forget_rate=.1, **kw)
     learn.fit(2, 1e-3, cbs=cb)
     assert cb.history.non_finite.tolist() == [4,4] and finite(learn.model)
-    assert not cb.items.kept[bad].any() and cb.items.kept.sum() == 2*4*28
+    assert not cb.items.kept[bad].any()
+    if kw: assert cb.items.kept.sum() == 2*4*28
+    else: assert (cb.items.kept[~bad] > 0).sum() > 100
     assert cb.items.last_loss[~bad].isfinite().all() and not cb.items.last_loss[bad].isfinite().any()
 
 def test_finite_batches_are_not_changed():
@@ -113,9 +117,12 @@ def linear(): return nn.Sequential(nn.Flatten(), nn.Linear(768,4))
 
 @pytest.mark.parametrize('n', (33, 65))
 def test_a_last_batch_of_one_item(n):
-    learn,cb = tensors(*images(n), linear()),JoCorCallback(k=3, forget_rate=.4)
+    cb = JoCorCallback(k=3, forget_rate=.4, **SCHEDULE)
+    learn = tensors(*images(n), linear())
     learn.fit(3, 1e-3, cbs=cb)
     assert finite(learn.model) and cb.history.kept.iloc[-1] == pytest.approx((n//32*19+1)/n)
+    learn.fit(3, 1e-3, cbs=(cb := JoCorCallback(k=3)))
+    assert finite(learn.model) and cb.history.kept.iloc[-1] > 0 and (cb.ledger.seen == 3).all()
 
 def test_a_class_with_one_item():
     x,y = images()

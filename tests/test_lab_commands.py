@@ -14,7 +14,7 @@ def test_train_command(tmp_path):
     assert [l.split()[0] for l in lines[1:4]] == ['0','1','2'] and 'jocor k=3 on digits' in p.stdout
     h,cfg = pd.read_csv(out/'history.csv'),json.loads((out/'config.json').read_text())
     assert len(h) == 3 and {'peer_0','peer_1','peer_2'} <= set(h)
-    assert h.R.iloc[-1] == pytest.approx(.4)
+    assert {'R','noise_low','noise_high','label_precision'} <= set(h) and (h.noise_low <= h.noise_high).all()
     np.testing.assert_allclose(h[['peer_0','peer_1','peer_2']].mean(axis=1), h.peer_accuracy, rtol=1e-4)
     assert (cfg['noise'], cfg['schedule'], cfg['co_lambda']) == ('symmetric:0.4','one_cycle',RunConfig().co_lambda)
     assert (out/'learning_curve.png').stat().st_size > 5000
@@ -23,11 +23,16 @@ def test_train_command(tmp_path):
     result = json.loads((out/'result.json').read_text())
     assert result['ensemble_accuracy'] == pytest.approx(h.accuracy.mean(), abs=1e-5)
 
+def test_train_command_as_in_the_paper(tmp_path):
+    jocor_train(epochs=3, num_gradual=2, noise='symmetric:0.4', schedule='paper', out=str(tmp_path))
+    assert pd.read_csv(tmp_path/'history.csv').R.tolist() == pytest.approx([.4]*3)
+
 @pytest.mark.parametrize('kw,msg', [
     (dict(k=0),'k=0'), (dict(noise='gauss:.1'),"noise='gauss:.1'"), (dict(noise='symmetric:1.5'),'rate=1.5'),
     (dict(noise='human:worse:none.pt'),'does not exist'), (dict(subset=.5),'subset=0.5'),
     (dict(contrast='js'),"contrast='js'"), (dict(co_lambda=2),'co_lambda=2'), (dict(forget_rate=1.),'forget_rate=1.0'),
-    (dict(num_gradual=-1),'num_gradual=-1'), (dict(dataset='svhn'),"dataset='svhn'"), (dict(epochs=0),'epochs=0'),
+    (dict(num_gradual=-1),'num_gradual=-1'), (dict(rule='paper'),"rule='paper'"),
+    (dict(dataset='svhn'),"dataset='svhn'"), (dict(epochs=0),'epochs=0'),
     (dict(k='2,3'),'these are 2 runs'),
     (dict(dataset='mnist', path='/nowhere'),'no MNIST found'), (dict(options='{init: tail}'),"init='tail'")])
 def test_train_command_refuses(kw, msg, tmp_path):

@@ -3,9 +3,9 @@ import pytest
 from fastai_jocor.callback import JoCorCallback
 from fastai_jocor.lab.config import Method, RunConfig, methods
 from fastai_jocor.lab.grid import check_grid
-from fastai_jocor.lab.results import run_dir
+from fastai_jocor.lab.results import finished, run_dir
 from fastai_jocor.lab.spec import read_grid
-from lab_helpers import ROOT
+from lab_helpers import RESULTS, ROOT
 
 def test_grids_of_the_project():
     cfgs = read_grid(ROOT/'benchmarks'/'digits.yaml')
@@ -63,6 +63,36 @@ def test_fields_that_a_method_does_not_take_play_no_part(monkeypatch):
 
 def test_clean_labels_drop_nothing():
     assert RunConfig(noise='none').callback().forget_rate == 0 and RunConfig().callback().forget_rate is None
+    assert RunConfig(noise='none', schedule='one_cycle').callback().forget_rate is None # found in training
+
+BY_SCHEDULE = dict(schedule='paper'), dict(num_gradual=10), dict(options=dict(balance=.5)), dict(rule='schedule')
+
+@pytest.mark.parametrize('kw', BY_SCHEDULE)
+def test_runs_that_go_by_a_schedule(kw):
+    cfg = RunConfig(**{'schedule': 'one_cycle', **kw})
+    cb,paper = cfg.callback(),cfg.schedule == 'paper'
+    assert (cb.rule, cb.rounding, cb.first_epoch) == ('schedule', 'official' if paper else 'carried', int(paper))
+    assert cfg.plain() == RunConfig(**{'schedule': 'one_cycle', 'co_lambda': .8, **kw}).plain()
+
+def test_runs_without_a_schedule():
+    cfg = RunConfig(schedule='one_cycle')
+    assert cfg.callback().rule != 'schedule' and cfg.callback().co_lambda is None
+    assert cfg.plain() == RunConfig(schedule='one_cycle', rule='evidence').plain()
+    assert cfg.plain() != RunConfig(schedule='one_cycle', co_lambda=.8).plain()
+    assert run_dir('', cfg) != run_dir('', RunConfig(schedule='one_cycle', rule='schedule'))
+    with pytest.raises(ValueError, match='num_gradual=5 is an argument of'): RunConfig(rule='evidence', num_gradual=5)
+    teaching = RunConfig(method='co_teaching').callback()
+    assert (teaching.rounding, teaching.first_epoch) == ('official',1)
+
+GRIDS = dict(digits='digits_grid', digits_lambda='digits_lambda',
+    mnist_lambda_tau='mnist_lambda_tau', mnist_protocol='mnist_protocol', plain_sum='plain_sum', prune_mnist='prune')
+
+@pytest.mark.parametrize('grid', GRIDS)
+def test_kept_results_belong_to_the_grids(grid):
+    folder = RESULTS/GRIDS[grid]
+    if not folder.exists(): pytest.skip('no results are kept')
+    cfgs = read_grid(ROOT/'benchmarks'/f'{grid}.yaml')
+    assert sum(finished(run_dir(folder, c), c) is not None for c in cfgs) > .5*len(cfgs)
 
 def test_names_do_not_grow_without_bound(monkeypatch):
     monkeypatch.setitem(methods, 'any', Method(lambda **options: JoCorCallback()))

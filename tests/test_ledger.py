@@ -28,9 +28,10 @@ class Slow(Callback):
 
     def after_loss(self):
         z,y = self.logits.as_subclass(torch.Tensor).double(),self.yb[0].as_subclass(torch.Tensor)
-        losses,p = joint_loss(z, y, .8),z.softmax(-1).mean(0)
+        losses,p = joint_loss(z, y, self.learn.jo_cor.lam),z.softmax(-1).mean(0)
         n_kept = max(int((1-self.learn.jo_cor.R)*len(y)), 1)
         keep = set(sorted(range(len(y)), key=lambda j: losses[j].item())[:n_kept])
+        if self.learn.jo_cor.by_evidence: keep = set(self.learn.selection.kept.nonzero()[:,0].tolist())
         for j,i in enumerate((self.xb[0][:,0]*1024).round().long().tolist()):
             votes = [int(z[m,j].argmax()) for m in range(len(z))]
             self.seen[i].append(dict(
@@ -70,7 +71,7 @@ def let_a_cpu_autocast(monkeypatch):
     monkeypatch.setattr(m, 'autocast', lambda dev, dtype: torch.autocast('cpu', dtype=dtype))
     monkeypatch.setattr(m, 'GradScaler', lambda dev, **kw: torch.amp.GradScaler('cpu', **kw))
 
-WAYS = ('shuffled', 'weighted', 'drop_last', 'workers', 'bf16', 'accumulation', 'k1', 'folds')
+WAYS = ('shuffled', 'evidence', 'weighted', 'drop_last', 'workers', 'bf16', 'accumulation', 'k1', 'folds')
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('how', WAYS)
@@ -82,7 +83,8 @@ def test_the_ledger_is_exact(how, monkeypatch):
     if how == 'bf16':
         let_a_cpu_autocast(monkeypatch)
         learn.to_bf16()
-    cb,slow = JoCorCallback(k=1 if how == 'k1' else 3, forget_rate=.3, num_gradual=2),Slow(N)
+    cb,slow = JoCorCallback(k=1 if how == 'k1' else 3, forget_rate=.3, num_gradual=2, rounding='official'),Slow(N)
+    if how == 'evidence': cb = JoCorCallback(k=3)
     cbs = [cb, slow] + [GradientAccumulation(48)]*(how == 'accumulation')
     learn.fit(2, 1e-2, cbs=cbs)
     learn.fit(3, 1e-2, cbs=cbs)
@@ -90,6 +92,7 @@ def test_the_ledger_is_exact(how, monkeypatch):
     if how == 'weighted': assert want.seen.max() > 8 and want.seen.min() < 5
     elif how == 'drop_last': assert want.seen.sum() == 5*(N//16*16) and want.seen.min() < 5
     else: assert (want.seen == 5).all()
+    if how == 'evidence': assert cb.by_evidence and 0 < (want.kept < 1).mean() < .9
     got = got[list(want)].reset_index(drop=True)
     pd.testing.assert_frame_equal(got, want, check_dtype=False, check_names=False, rtol=1e-4, atol=2e-5)
     state = cb.items.state()
@@ -174,8 +177,8 @@ def test_the_confident_joint(seed, rate, c):
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('noise', (None, 'symmetric:0.2', 'symmetric:0.5'))
-def test_the_one_line_estimates_the_rate(noise):
-    learn,cb = digits(noise),JoCorCallback(k=3, forget_rate='auto')
+def test_a_schedule_estimates_the_rate(noise):
+    learn,cb = digits(noise),JoCorCallback(k=3, forget_rate='auto', rule='schedule')
     learn.fit_one_cycle(30, 1e-2, cbs=cb)
     h,true = cb.history,0. if noise is None else learn.dls.noise.rate
     assert abs(cb.estimate.rate-true) < .05 and cb.estimate.trusted
@@ -185,6 +188,18 @@ def test_the_one_line_estimates_the_rate(noise):
     assert h.R[w:].tolist() == forget_schedule(cb.estimate.rate, 30, cb.gradual)[w:].tolist()
     assert learn.recorder.metric_names[7] == 'noise_rate'
     assert abs(cb.transition().diagonal().mean()-(1-true)) < .06
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('noise', (None, 'symmetric:0.2', 'symmetric:0.5'))
+def test_the_one_line_tells_between_which_rates_the_true_one_lies(noise):
+    "After every epoch, but for the first ones never far off"
+    learn,cb = digits(noise),JoCorCallback(k=3)
+    learn.fit_one_cycle(30, 1e-2, cbs=cb)
+    h,true,est = cb.history,0. if noise is None else learn.dls.noise.rate,cb.estimate
+    assert abs(est.rate-true) < .06 and est.trusted and est.has_interval
+    assert (h.noise_low-.02 <= true).all() and (h.noise_high+.02 >= true).all() and h.noise_high.iloc[0] > .8
+    assert (est.low,est.high) == (h.noise_low.iloc[-1],h.noise_high.iloc[-1]) and est.high-est.low < .2
+    assert 'noise_rate' not in h and f'between {est.low:.0%} and {est.high:.0%}' in str(est)
 
 @pytest.mark.filterwarnings('ignore')
 def test_no_rate_is_needed_and_a_later_fit_keeps_the_estimate():
@@ -202,7 +217,8 @@ def test_no_rate_is_needed_and_a_later_fit_keeps_the_estimate():
 def test_an_estimate_that_is_not_to_be_trusted(recwarn):
     x = np.random.RandomState(0).randint(0, 256, (320,8,8), dtype=np.uint8)
     dls = InMemoryDataLoaders.from_arrays(x, np.arange(320)%10, bs=32)
-    cb,learn = JoCorCallback(k=3),quiet(Learner(dls, jocor_mlp(10, 64), opt_func=fast_adam))
+    cb = JoCorCallback(k=3, rule='schedule')
+    learn = quiet(Learner(dls, jocor_mlp(10, 64), opt_func=fast_adam))
     learn.fit(8, 1e-3, cbs=cb)
     told = [str(w.message) for w in recwarn if 'cannot be told' in str(w.message)]
     assert len(told) == 1 and not cb.estimate.trusted and 'forget_rate' in told[0]

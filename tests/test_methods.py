@@ -1,7 +1,6 @@
 "The compared methods: against loops written out, by property over random input, and through a learner's life."
 import copy, pytest, torch
 import numpy as np
-import torch.nn.functional as F
 from hypothesis import given, strategies as st
 from fastai.vision.all import BCEWithLogitsLossFlat, Callback, SGD, load_learner, nn, partial, set_seed
 from fastai_jocor.all import *
@@ -24,8 +23,7 @@ def test_same_weights_as_a_loop(method, k, weight):
     twins = copy.deepcopy(nets)
     cb = method(k=k, models=nets, forget_rate=.5)
     learn.fit(4, 1e-3, cbs=[cb, rec])
-    loss = partial(F.cross_entropy, weight=weight, reduction='none')
-    shares = reference.co_teach(twins, rec.batches, [0,.5,.5,.5], 1e-3, method is CoTeachingPlusCallback, loss)
+    shares = reference.co_teach(twins, rec.batches, [0,.5,.5,.5], 1e-3, method is CoTeachingPlusCallback, weight)
     assert len(rec.batches) == 4*len(learn.dls.train) and cb.history.R.tolist() == [0,.5,.5,.5]
     reference.assert_same_weights(learn.model.peers, twins)
     for e in range(4):
@@ -96,7 +94,7 @@ def test_bad_items_train_nobody(method):
 def test_an_item_without_a_finite_loss_by_one_peer_trains_none():
     "A loss of the user's that is infinite for the student and small for the teacher"
     cb,z,y = bare(CoTeachingCallback(forget_rate=.1)),torch.randn(2,10,3),torch.randint(0,3,(10,))
-    cb.selection.per_sample = lambda z,y: torch.where(z[:,0] > 100, torch.inf, reference.cross_entropy(z, y))
+    cb.selection.unweighted = lambda z,y: torch.where(z[:,0] > 100, torch.inf, reference.cross_entropy(z, y))
     z[0,4,0] = 200.
     loss,kept,_ = cb.batch_loss(z, y, 0.)
     assert loss.isfinite() and kept[4] == 0 and kept.sum() == 9

@@ -14,7 +14,7 @@ from fastai_jocor.peers import Peers
 from learners import Record, digits, digits64, fast_adam, finite, plain, same, tensors, weights
 import reference
 
-COLUMNS = ['R','kept','agreement','label_precision','label_recall','non_finite']
+COLUMNS = ['R','kept','agreement','noise_low','noise_high','label_precision','label_recall','non_finite']
 
 @contextmanager
 def silent():
@@ -136,7 +136,8 @@ def test_gradient_accumulation():
     (x,y),nets = normal64(),linear64(2)
     twins = copy.deepcopy(nets)
     learn = tensors(x, y, linear64(1)[0])
-    learn.fit(3, 1e-2, cbs=[JoCorCallback(models=nets, forget_rate=.4, num_gradual=0), GradientAccumulation(128)])
+    cb = JoCorCallback(models=nets, forget_rate=.4, num_gradual=0, rounding='official')
+    learn.fit(3, 1e-2, cbs=[cb, GradientAccumulation(128)])
     opt = reference.adam(twins, 1e-2)
     for _ in range(3):
         losses = reference.joint_losses([m(x) for m in twins], y)
@@ -233,9 +234,8 @@ def focal(z, y): return (1-z.softmax(-1).gather(1, y[:,None])[:,0])**2*reference
 def brier(z, y): return (z.softmax(-1)-F.one_hot(y, 4)).pow(2).sum(-1)
 
 W4 = torch.tensor([1.,2.,.5,3.], dtype=torch.float64)
-def weighted(z, y): return W4[y]*reference.cross_entropy(z, y)
 
-LOSSES = dict(weighted=(nn.CrossEntropyLoss(weight=W4), weighted),
+LOSSES = dict(weighted=(nn.CrossEntropyLoss(weight=W4), reference.cross_entropy),
     smoothing=(LabelSmoothingCrossEntropyFlat(eps=.1), smooth), torch=(nn.CrossEntropyLoss(label_smoothing=.1), smooth),
     focal=(FocalLossFlat(gamma=2.), focal), own=(brier, brier))
 
@@ -250,7 +250,8 @@ def test_losses(name):
     learn,rec = tensors(x, y, linear64(1)[0], loss_func=loss),Record()
     cb = JoCorCallback(k=3, models=nets, forget_rate=.25, num_gradual=0)
     learn.fit(3, 1e-2, cbs=[cb, rec, NoValidation()])
-    reference.train(twins, rec.batches, [.25]*3, 1e-2, lambda zs,y: reference.joint_losses(zs, y, loss=want))
+    reference.train(twins, rec.batches, [.25]*3, 1e-2, lambda zs,y: reference.joint_losses(zs, y, loss=want),
+        W4 if name == 'weighted' else None)
     reference.assert_same_weights(nets, twins)
     assert len(cb.history) == 3
 

@@ -32,8 +32,9 @@ def _run_fields(
     method:str=None, # jocor (the default), co_teaching, co_teaching_plus; one network: standard (plain), forward, sce
     k:str=None, # Number of peers; default: 2
     contrast:str=None, # kl (the default), kl_circular, ce or ce_circular
-    co_lambda:str=None, # Weight of the contrast, in [0, 1]; default: 0.8 (the papers': 0.95)
-    forget_rate:str=None, # Final forget rate, in [0, 1); default: the known noise rate
+    co_lambda:str=None, # Weight of the contrast, in [0, 1]; default: found in training, 0.8 by schedule (papers: 0.95)
+    forget_rate:str=None, # Share of wrong labels, in [0, 1); default: found in training, the known rate by schedule
+    rule:str=None, # evidence, or schedule: the published one, which is the default as in the papers or with num_gradual
     num_gradual:str=None, # Epochs over which the forget rate rises; default: 10, or more on small data, at most half
     epochs:str=None, # Number of epochs; default: 30
     bs:str=None, # Items per batch; default: 128

@@ -38,6 +38,7 @@ class Method:
     fields:tuple = _peer_fields # Fields of `RunConfig` that the callback takes
     loss:callable = None # Gives the loss function from the data and the `loss_options`
     loss_options:tuple = () # Names of the options that the loss takes
+    paper:dict = field(default_factory=dict) # Arguments of the callback where a run goes by the papers
 
     def __post_init__(self):
         if self.callback is None: self.fields = ()
@@ -46,11 +47,12 @@ def _forward_loss(dls): return ForwardLoss(dls.noise.matrix)
 def _sce_loss(dls, **options): return SCELoss(**options)
 
 _of_co_teaching = ('k','forget_rate','num_gradual')
+_paper = dict(rounding='official', first_epoch=1)
 methods = dict(
     standard=Method(),
-    jocor=Method(JoCorCallback),
-    co_teaching=Method(CoTeachingCallback, _of_co_teaching),
-    co_teaching_plus=Method(CoTeachingPlusCallback, _of_co_teaching),
+    jocor=Method(JoCorCallback, _peer_fields + ('rule',), paper=_paper),
+    co_teaching=Method(CoTeachingCallback, _of_co_teaching, paper=_paper),
+    co_teaching_plus=Method(CoTeachingPlusCallback, _of_co_teaching, paper=_paper),
     forward=Method(loss=_forward_loss),
     sce=Method(loss=_sce_loss, loss_options=('alpha','beta','A')))
 
@@ -63,8 +65,9 @@ class RunConfig:
     method:str = 'jocor' # Name in `methods`; one network is trained by `standard` (plain training), `forward` and `sce`
     k:int = 2 # Number of peers, at least 1
     contrast:str = 'kl' # `kl`, `kl_circular`, `ce` or `ce_circular`
-    co_lambda:float = default_co_lambda # Weight of the contrast, in [0, 1]
-    forget_rate:float = None # Final forget rate, in [0, 1); `None`: the known noise rate
+    co_lambda:float = None # Weight of the contrast, in [0, 1]; `None`: 0.8 with a schedule, else found in training
+    forget_rate:float = None # τ, in [0, 1); `None`: the known noise rate with a schedule, else found in training
+    rule:str = None # `schedule` or `evidence`; `None`: `schedule` as in the papers, or where its arguments are given
     num_gradual:int = None # Epochs over which the forget rate rises; `None`: as `JoCorCallback` does
     epochs:int = 30 # Number of epochs, at least 1
     bs:int = 128 # Items per batch
@@ -94,8 +97,11 @@ class RunConfig:
         m = methods[self.method]
         if m.callback is None: return None
         args = {n: getattr(self, n) for n in m.fields}
-        if self.noise == 'none' and 'forget_rate' in args and self.forget_rate is None: args['forget_rate'] = 0.
-        options = {k: v for k,v in self.options.items() if k not in m.loss_options}
+        if self.by_schedule:
+            if 'rule' in args: args['rule'] = 'schedule'
+            if self.noise == 'none' and args.get('forget_rate', 0) is None: args['forget_rate'] = 0.
+        options = m.paper if self.by_schedule and self.schedule == 'paper' else {}
+        options = options | {k: v for k,v in self.options.items() if k not in m.loss_options}
         try: return m.callback(**args, **options)
         except TypeError as e:
             raise ValueError(f"options={self.options!r} do not fit method={self.method!r}: {e}") from None
@@ -130,13 +136,23 @@ def _check(cfg):
     cfg.callback()
 
 # %% ../../nbs/lab/02_config.ipynb #1ab10013
+@patch(as_prop=True)
+def by_schedule(self:RunConfig)->bool: # False where items are dropped for their own evidence
+    "Whether a share of each batch is dropped that rises as a schedule says"
+    if 'rule' not in methods[self.method].fields: return True
+    if self.rule is not None: return self.rule == 'schedule'
+    asks = {'exponent','balance','prune'} & set(self.options)
+    return self.schedule == 'paper' or self.num_gradual is not None or bool(asks)
+
 @patch
 def plain(self:RunConfig)->RunConfig: # Equal to another one if it is the same run
-    "The same run with each field that its method does not take at its default"
+    "The same run with what is meant by a default, and each field that its method does not take at its own"
     m = methods[self.method]
-    unused = {n: getattr(RunConfig, n) for n in _peer_fields if n not in m.fields}
-    if m.callback is None: unused['k'] = 1
-    return replace(self, **unused)
+    same = {n: getattr(RunConfig, n) for n in (*_peer_fields,'rule') if n not in m.fields}
+    if 'rule' in m.fields: same['rule'] = 'schedule' if self.by_schedule else 'evidence'
+    if 'co_lambda' in m.fields and self.by_schedule and self.co_lambda is None: same['co_lambda'] = default_co_lambda
+    if m.callback is None: same['k'] = 1
+    return replace(self, **same)
 
 @patch(as_prop=True)
 def nets(self:RunConfig)->int: # At least 1

@@ -12,6 +12,7 @@ import contextlib, hashlib, json, re, pandas as pd
 from functools import lru_cache
 from pathlib import Path
 from ..files import write_aside, write_text
+from ..losses import default_co_lambda
 from .config import RunConfig
 
 # %% ../../nbs/lab/02c_results.ipynb #da8b9d87
@@ -22,8 +23,11 @@ def run_dir(
     "The folder of a run in a grid"
     noise = ':'.join(cfg.noise.split(':')[:2]) if cfg.noise.startswith('human') else cfg.noise
     parts = [cfg.dataset, noise.replace(':',''), re.sub(r'[^\w.+-]', '', cfg.name.replace(' ','_'))]
+    if not cfg.by_schedule: parts.append('evidence')
+    default = ('co_lambda',default_co_lambda) if cfg.by_schedule else None
     for n in 'co_lambda forget_rate num_gradual epochs bs lr schedule subset augment precision'.split():
-        if getattr(cfg, n) != getattr(RunConfig, n): parts.append(f'{n}{getattr(cfg, n)}')
+        v = getattr(cfg, n)
+        if v != getattr(RunConfig, n) and (n,v) != default: parts.append(f'{n}{v}')
     name = '-'.join([*parts, f'seed{cfg.seed}'])
     if len(name) > 200: name = f'{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}'
     return Path(out)/name
@@ -65,7 +69,8 @@ def finished(
     "The result of a run if it was made with this configuration; fields that its method does not take are not compared"
     try:
         res = read_result(d)
-        return res if RunConfig(**res['config']).plain() == cfg.plain() else None
+        made = dict(rule='schedule') | res['config'] # there was no other rule before
+        return res if RunConfig(**made).plain() == cfg.plain() else None
     except (ValueError, TypeError, KeyError): return None
 
 # %% ../../nbs/lab/02c_results.ipynb #1ab3010b

@@ -26,7 +26,7 @@ def _row(name, result, history, last):
     nets = sum(c.startswith('peer_') for c in history)-1           # without `peer_accuracy`
     more = dict(name=str(result['name']), nets=nets, seconds=result.get('seconds', np.nan),
                 processor=str(machine.get('processor', '')), run=name, history=history)
-    return result['config'] | more | summarise(history, last)
+    return dict(rule='schedule') | result['config'] | more | summarise(history, last)
 
 def _protocol(r):
     parts = [r.dataset, f'{r.epochs} epochs', f'batch {r.bs}', f'lr {r.lr:g}', r.schedule]
@@ -37,7 +37,7 @@ def _protocol(r):
 def _labels(rs):
     "Names of runs, with what tells apart those of the same name"
     method = methods.get(rs.method.iloc[0])
-    fields = [n for n in ('co_lambda','forget_rate','num_gradual') if method is None or n in method.fields]
+    fields = [n for n in ('co_lambda','forget_rate','num_gradual','rule') if method is None or n in method.fields]
     varied = [n for n in fields if rs[n].nunique(dropna=False) > 1]
     def said(v): return 'default' if pd.isna(v) else v if isinstance(v, str) else f'{v:g}'
     return [' '.join([r['name'], *(f'{n}={said(r[n])}' for n in varied)]) for _,r in rs.iterrows()]
