@@ -9,7 +9,8 @@ __all__ = ['plain', 'first_output', 'label_column', 'is_plain_ce', 'is_multi_lab
            'class_weights', 'without_weights', 'ignored_label']
 
 # %% ../nbs/03f_per_sample.ipynb #306780ba
-import copy, torch
+import torch
+from copy import deepcopy
 from fastai.basics import *
 from fastai.layers import NoneReduce
 
@@ -94,7 +95,7 @@ def without_weights(
 ): # The same, or a copy
     "A cross-entropy that counts all classes alike"
     if class_weights(loss_func) is None: return loss_func
-    res = copy.deepcopy(loss_func)
+    res = deepcopy(loss_func)
     cross_entropy_of(res).weight = None
     return res
 

@@ -191,7 +191,7 @@ class SmallLoss(Part):
     def _labelled(self, s, targ):
         "Mark the items that have no label; any class will do in its place"
         ignored = targ == s.no_label
-        if s.reads_are_free and not ignored.any(): return targ
+        if s.reads_are_free and not s.across and not ignored.any(): return targ
         s.ignored = ignored
         return targ.masked_fill(ignored, 0)
 

@@ -160,6 +160,7 @@ def mean_kept(self:PeersCallback,
     if s.weight is not None:
         n = (times*s.weight[s.targ]).sum(-1)
         if s.across: torch.distributed.all_reduce(n)
+        n = torch.where(n > 0, n, 1.)
     elif isinstance(n, Tensor): n = n.clamp(min=1)
     total = torch.where(times > 0, losses*times, 0.).sum(-1)
     return total*s.world/n if s.across else total/n

@@ -52,10 +52,12 @@ class Weigh(Part):
     )->tuple: # Loss to train by; how often each item is kept, shape (N,); losses, shape (N,)
         "The mean joint loss of the items that nothing speaks against"
         o,s = self.owner,self.learn.selection
-        if o.finding: return o.keep_small(*o.joint_losses(logits, s.log_probs, targ)[:1], 0.)
+        if o.finding:
+            ranked,losses = o.joint_losses(logits, s.log_probs, targ)
+            return o.keep_small(losses, 0., ranked)
         e = s.evidence or self._begin(s)
         hidden = e.hidden[s.idx]
-        ranked,losses = o.joint_losses(logits if s.unweighted is None else hide(logits, hidden),
+        ranked,losses = o.joint_losses(logits if s.per_sample is None else hide(logits, hidden),
                                        hide(s.log_probs, hidden), targ)
         usable = s.usable if s.unweighted is None else _and(s.usable, losses.detach().isfinite())
         with torch.no_grad():
@@ -64,10 +66,15 @@ class Weigh(Part):
         if s.bad is not None: ranked = ranked.masked_fill(s.bad, torch.inf)
         return o.mean_kept(losses, times.to(losses.dtype), n), times, ranked
 
+    def _of_all(self, by, usable):
+        "The items of all processes in one exchange: what may not be kept has no margin"
+        by = union(by if usable is None else by.masked_fill(~usable, -torch.inf))
+        return by, by > -torch.inf
+
     def _select(self, e, by, usable):
         "Which items are kept, shape (N,), 0 or 1; how many in all processes"
         s = self.learn.selection
-        if s.across: by,usable = union(by),None if usable is None else union(usable)
+        if s.across: by,usable = self._of_all(by, usable)
         R = 0. if self.frozen else s.R
         if s.ignored is None: n = s.drop_count(len(by), R)
         else: n = (R*(usable.sum() if usable is not None else len(by))).long()
