@@ -12,7 +12,9 @@ def official_rates(tau, n_epoch, num_gradual=10, exponent=1):
     rates[:num_gradual] = np.linspace(0, tau**exponent, num_gradual)
     return rates[1:]
 
-@pytest.mark.parametrize('tau,kw', ((.45,{}), (.5,dict(num_gradual=4)), (.2,dict(num_gradual=1)), (.2,dict(exponent=.5))))
+CASES = (.45,{}), (.5,dict(num_gradual=4)), (.2,dict(num_gradual=1)), (.2,dict(exponent=.5))
+
+@pytest.mark.parametrize('tau,kw', CASES)
 def test_the_official_schedule(tau, kw):
     cb = JoCorCallback.paper(forget_rate=tau, **kw)
     digits(bs=512).fit(12, 1e-3, cbs=cb)
