@@ -64,7 +64,7 @@ class Rule:
         return kept or [min(may, key=lambda j: by[j])]
 
     def close(self, seen):
-        "The end of an epoch, from `(position, logits (k, C), label)` of each item"
+        "The interval after an epoch, from `(position, logits (k, C), label)` of each item"
         out,inside,against,others = [],[],[],[]
         hidden_items = []
         for i,z,y in seen:
@@ -85,6 +85,7 @@ class Rule:
             growth = max(now['out']-before['out'], 0)
             press = max(now['inside']-now['out']-.01-1.5*growth, 0)
             self.R = min(self.U, self.R+min(.25, 2*press))
+        return self.interval()
 
     def interval(self):
         U = self.found
@@ -109,15 +110,16 @@ def wrong_by_joint(items, C):
 
 def hide(zs, hidden):
     "The same logits; a peer from which an item is hidden gets no gradient from it"
-    return [torch.stack([z.detach() if h == m else z for z,h in zip(zs[m], hidden)]) for m in range(len(zs))]
+    hidden = torch.tensor(hidden)[:,None]
+    return [torch.where(hidden == m, z.detach(), z) for m,z in enumerate(zs)]
 
 def train(nets, batches, items, hidden, lr, n_classes=10, **kwargs):
-    "Train peers on batches `(epoch, x, y)`; gives the rule, the kept places of each batch, and R and λ of each epoch"
+    "Train peers on batches `(epoch, x, y)`; gives the rule, the kept places of each batch, R and λ, and the interval"
     rule,opt = Rule(hidden, len(nets), n_classes, **kwargs),reference.adam(nets, lr)
-    kept,rates,seen,at = [],[],[],None
+    kept,rates,ends,seen,at = [],[],[],[],None
     for (epoch,x,y),idx in zip(batches, items):
         if epoch != at:
-            if seen: rule.close(seen)
+            if seen: ends.append(rule.close(seen))
             at,seen,rule.owed = epoch,[],0.
             rates.append((rule.R, rule.lam))
         zs = [m(x) for m in nets]
@@ -126,5 +128,5 @@ def train(nets, batches, items, hidden, lr, n_classes=10, **kwargs):
         seen += list(zip(idx, values.swapaxes(0, 1), y.numpy()))
         losses = reference.joint_losses(hide(zs, [rule.hidden[i] for i in idx]), y, rule.lam)
         reference.step(opt, losses[torch.as_tensor(kept[-1])].mean())
-    rule.close(seen)
-    return rule,kept,rates
+    ends.append(rule.close(seen))
+    return rule,kept,rates,ends
