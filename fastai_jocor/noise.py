@@ -97,7 +97,9 @@ def noise_rate(self:LabelNoise,
     return self._expected(y, classes) if len(y) else 0.
 
 @patch
-def _expected(self:LabelNoise, y, classes): return float((1-np.diag(self.transition(classes)))[y].mean())
+def _expected(self:LabelNoise, y, classes):
+    "Without the rounding of `1-(1-rate)`, so that the official `int((1-rate)*n)` keeps as many"
+    return round(float((1-np.diag(self.transition(classes)))[y].mean()), 12)
 
 # %% ../nbs/10_noise.ipynb #45633c26
 class Symmetric(LabelNoise):

@@ -10,6 +10,7 @@ __all__ = ['plain', 'first_output', 'label_column', 'is_plain_ce', 'is_multi_lab
 
 # %% ../nbs/03f_per_sample.ipynb #306780ba
 import torch
+from copy import deepcopy
 from fastai.basics import *
 from fastai.layers import NoneReduce
 

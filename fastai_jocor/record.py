@@ -40,9 +40,13 @@ def _several_labels(logits, pred, holds):
                 given_label=none)
 
 # %% ../nbs/06_record.ipynb #032b9986
+def _times(kept, n):
+    if kept.is_floating_point(): return kept.float()
+    return torch.zeros(n, device=kept.device).index_add_(0, kept, torch.ones(len(kept), device=kept.device))
+
 def _times_kept(kept, loss):
     "How often each item was kept, from its place in its batch, or from what tells how often already"
-    if kept[0].is_floating_point(): return torch.cat(kept)
+    if any(o.is_floating_point() for o in kept): return torch.cat([_times(o, len(l)) for o,l in zip(kept, loss)])
     starts = itertools.accumulate(map(len, loss), initial=0)
     at = torch.cat([o+start for o,start in zip(kept, starts)])
     times = torch.zeros(sum(map(len, loss)), device=at.device)

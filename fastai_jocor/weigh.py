@@ -52,10 +52,12 @@ class Weigh(Part):
     )->tuple: # Loss to train by; how often each item is kept, shape (N,); losses, shape (N,)
         "The mean joint loss of the items that nothing speaks against"
         o,s = self.owner,self.learn.selection
-        if o.finding: return o.keep_small(*o.joint_losses(logits, s.log_probs, targ)[:1], 0.)
+        if o.finding:
+            ranked,losses = o.joint_losses(logits, s.log_probs, targ)
+            return o.keep_small(losses, 0., ranked)
         e = s.evidence or self._begin(s)
         hidden = e.hidden[s.idx]
-        ranked,losses = o.joint_losses(logits if s.unweighted is None else hide(logits, hidden),
+        ranked,losses = o.joint_losses(logits if s.per_sample is None else hide(logits, hidden),
                                        hide(s.log_probs, hidden), targ)
         usable = s.usable if s.unweighted is None else _and(s.usable, losses.detach().isfinite())
         with torch.no_grad():

@@ -1,0 +1,204 @@
+"The default rule: against a loop written out, what must always hold of its parts, and when it is taken."
+import copy, math, numpy as np, pytest, torch
+from hypothesis import assume, given, settings, strategies as st
+from fastai.vision.all import BCEWithLogitsLossFlat, DataLoader, DataLoaders, Learner, CrossEntropyLossFlat, nn
+from fastai_jocor.all import JoCorCallback, jocor_mlp
+from fastai_jocor.evidence import (Evidence, hidden_from, hide, keep_by_margin, margin_threshold, next_R,
+    noise_interval, protection)
+from learners import Record, Step, digits, digits64, mlps64, quiet, same, tensors, weights
+import reference, reference_evidence
+
+pytestmark = pytest.mark.filterwarnings('ignore:the peers have not learned')
+
+# --- against a loop
+
+FITS = [(1, 5, 1e-2, {}, {}, 'margin'), (3, 4, 1e-2, dict(seed=3), {}, 'margin contrast'),
+    (2, 8, 1e-2, dict(forget_rate=.2), dict(tau=.2), 'margin floor'),
+    (2, 8, 2e-2, dict(without=('margin',)), dict(by_margin=False), 'floor')]
+
+@pytest.mark.parametrize('k,epochs,lr,kw,told,occurs', FITS)
+def test_same_as_a_loop(k, epochs, lr, kw, told, occurs):
+    learn,rec,nets,kept = digits64(),Record(),mlps64(k),[]
+    twins = copy.deepcopy(nets)
+    cb = JoCorCallback(k=k, models=nets, **kw)
+    learn.fit(epochs, lr, cbs=[cb, rec, Step(lambda l: kept.append(l.selection.kept.nonzero()[:,0].tolist()))])
+    hidden = hidden_from(1200, k, kw.get('seed', 0))
+    rule,want,rates,ends = reference_evidence.train(twins, rec.batches, rec.items(learn), hidden, lr, **told)
+    assert kept == [sorted(o) for o in want]
+    reference.assert_same_weights(learn.model.peers, twins)
+    history,est = cb.history,cb.estimate
+    np.testing.assert_allclose(history.R, [R for R,_ in rates], atol=1e-9)
+    np.testing.assert_allclose(history[['noise_low','noise_high']], ends, atol=1e-9)
+    assert (est.low,est.high,est.rate) == pytest.approx((*rule.interval(), rule.rate()))
+    assert est.low < learn.dls.noise.rate < est.high
+    found = dict(margin=rule.by_margin > 0, floor=rule.by_floor > 0, contrast=k > 1 and max(lam for _,lam in rates) > 0)
+    assert ' '.join(name for name,o in found.items() if o) == occurs
+
+# --- no gradient from what is hidden
+
+WEIGHT = torch.linspace(.5, 2, 10, dtype=torch.float64)
+
+LOSSES = dict(), dict(weight=WEIGHT), dict(label_smoothing=.1), dict(weight=WEIGHT, ignore_index=3)
+
+@pytest.mark.parametrize('contrast,loss', [('kl',loss) for loss in LOSSES]+[('ce_circular',{})])
+def test_hidden_items_give_no_gradient(contrast, loss):
+    "Neither through the label nor through the contrast with the peers that know it"
+    learn,seen = digits64(),[]
+    learn.loss_func = nn.CrossEntropyLoss(**loss)
+    cb = JoCorCallback(k=3, co_lambda=.5, contrast=contrast, models=mlps64(3))
+    def look(l):
+        s = l.selection
+        logits = s.logits.clone().requires_grad_()
+        s.log_probs = logits.log_softmax(-1)
+        total,times,_ = cb.weigh.loss(logits, s.targ)
+        total.backward()
+        hidden = s.evidence.hidden[s.idx] == torch.arange(3)[:,None]
+        got = (logits.grad != 0).any(-1)
+        assert not got[hidden].any() and got[~hidden & (times > 0)].all()
+        seen.append(int((hidden & (times > 0)).sum()))
+    learn.fit(1, 1e-3, cbs=[cb, Step(look)])
+    assert sum(seen) > 250
+
+def test_hide():
+    t = torch.randn(2, 3, 4, requires_grad=True)
+    shown = hide(t, torch.tensor([-1,1,0]))
+    shown.sum().backward()
+    assert torch.equal(shown, t) and t.grad[...,0].tolist() == [[1,1,0],[1,0,1]]
+
+# --- what always holds
+
+@settings(max_examples=30)
+@given(n=st.integers(0, 300), k=st.integers(1, 9), seed=st.integers(0, 99), share=st.floats(0, 1))
+def test_hidden_from(n, k, seed, share):
+    hidden = hidden_from(n, k, seed, share)
+    assert len(hidden) == n and torch.equal(hidden, hidden_from(n, k, seed, share))
+    assert (hidden[:,None] == torch.arange(k)).sum(0).tolist() == [int(min(share, 1/k)*n)]*k
+    assert ((hidden >= -1) & (hidden < k)).all()
+    assert n < 100 or not 9 < (hidden >= 0).sum() < n or not torch.equal(hidden, hidden_from(n, k, seed+1, share))
+
+@st.composite
+def margins(draw):
+    by = draw(st.lists(st.integers(0, 40).map(lambda o: o/8), min_size=1, max_size=30))
+    usable = draw(st.none() | st.lists(st.booleans(), min_size=len(by), max_size=len(by)))
+    return by,draw(st.integers(0, 40).map(lambda o: o/8) | st.just(math.inf)),draw(st.integers(0, len(by)-1)),usable
+
+@given(margins())
+def test_keep_by_margin(o):
+    by,threshold,n,usable = o
+    as_tensor = None if usable is None else torch.tensor(usable)
+    keep = keep_by_margin(torch.tensor(by), threshold, n, as_tensor)
+    assert torch.equal(keep, keep_by_margin(torch.tensor(by), threshold, torch.tensor(n), as_tensor))
+    may = [i for i in range(len(by)) if usable is None or usable[i]]
+    kept = keep.nonzero()[:,0].tolist()
+    assert set(kept) <= set(may) and (kept or not may)
+    if not may: return
+    least = min(by[i] for i in may)
+    nth = sorted([by[i] for i in may], reverse=True)[min(n, len(may))-1] if n else math.inf
+    for i in may: assert (i in kept) == (by[i] == least or not (by[i] > threshold or by[i] >= nth and by[i] > 0))
+    against = sum(by[i] > max(least, 0) for i in may)
+    assert len(may)-len(kept) >= min(n, against)
+
+shares = st.lists(st.floats(0, 1), min_size=5, max_size=5).map(torch.tensor)
+
+@given(votes=shares, labels=shares)
+def test_protection(votes, labels):
+    o = protection(votes, labels)
+    assert ((o >= 0) & (o <= 1)).all() and (protection(votes+.1, labels) >= o).all()
+    assert (o[votes < .249*labels] == 0).all() and (o[(votes > .751*labels) & (labels > 1e-5)] == 1).all()
+
+@given(U=st.floats(0, 1), more=st.floats(0, 1))
+def test_margin_threshold(U, more):
+    assert margin_threshold(max(U, more)) <= margin_threshold(min(U, more)) < 8
+    assert margin_threshold(U) >= 1.5 and margin_threshold(.5) == 2
+    assert margin_threshold(.1) == pytest.approx(2+math.log(9)) and margin_threshold(.9) == 1.5
+
+share = st.floats(0, 1)
+row = st.fixed_dictionaries(dict(out=share, inside=share, against=share, n=st.integers(1, 1000)))
+
+@given(rows=st.lists(row, max_size=12), tau=st.none() | st.floats(0, .9), without=st.sampled_from(((), ('growth',))))
+def test_next_R(rows, tau, without):
+    e = Evidence(100, 2, 10, tau=tau, without=without)
+    for o in rows:
+        before,e.rows = e.R,[*e.rows, o]
+        e.R = next_R(e)
+        assert min(before, e.U) <= e.R <= min(e.U, before+.25+1e-9)
+        memorises = o['inside'] > o['out']+.01
+        assert memorises or e.R <= before
+    if tau is None and rows: assert e.U == 1-max(o['out'] for o in rows)
+
+@given(rows=st.lists(row, min_size=1, max_size=5))
+def test_noise_interval(rows):
+    e = Evidence(100, 2, 10)
+    assert noise_interval(e) == (0,1)
+    e.rows,e.against = rows,rows[-1]['against']
+    assume(e.against <= e.U)
+    low,high = noise_interval(e)
+    assert 0 <= low <= high <= 1 and high >= min(e.U, 1)
+
+# --- parts that are switched off
+
+def few(k=2, **kwargs):
+    "A fit on few digits, which are soon memorised"
+    x,y = zip(*digits64().dls.train.dataset[:256])
+    learn,nets = tensors(x, y, jocor_mlp(10, 64).double(), bs=32, loss_func=nn.CrossEntropyLoss()),mlps64(k)
+    learn.fit(8, 2e-2, cbs=(cb := JoCorCallback(k=k, models=nets, **kwargs)))
+    return learn,cb
+
+def test_every_part_counts():
+    "What makes R rise is seen where nothing is dropped by its margin"
+    learn,cb = few()
+    assert cb.history.R.iloc[-1] > 0 and cb.history.kept.iloc[-1] < .9
+    base,by_floor = weights(learn.model),weights(few(without=('margin',))[0].model)
+    for part in Evidence.parts:
+        of_R = part in ('memorising','growth')
+        other = weights(few(without=('margin',part) if of_R else (part,))[0].model)
+        assert not same(other, by_floor if of_R else base), part
+
+def test_a_part_that_there_is_not():
+    with pytest.raises(ValueError, match="without='margins' must be one of 'margin', 'memory'"):
+        JoCorCallback(without=('margin','margins'))
+
+# --- which rule
+
+ASK_FOR_A_SCHEDULE = dict(num_gradual=3), dict(exponent=.5), dict(balance=.5), dict(prune='exact')
+
+@pytest.mark.parametrize('kw', ASK_FOR_A_SCHEDULE)
+def test_the_arguments_of_a_schedule_choose_it(kw):
+    cb = JoCorCallback(**kw)
+    digits(bs=512).fit(4, 1e-3, cbs=cb)
+    assert not cb.by_evidence and 'noise_low' not in cb.history and cb.history.R.iloc[-1] == .5
+    with pytest.raises(ValueError, match=f"{[*kw][0]}=.* is an argument of rule='schedule'"):
+        JoCorCallback(rule='evidence', **kw)
+
+@pytest.mark.parametrize('kw', ({}, dict(forget_rate='auto'), dict(co_lambda=.5), dict(forget_rate=.3)))
+def test_evidence_is_the_default(kw):
+    cb = JoCorCallback(**kw)
+    digits(bs=512).fit(2, 1e-3, cbs=cb)
+    assert cb.by_evidence and list(cb.history)[:6] == ['epoch','R','kept','agreement','noise_low','noise_high']
+    known = kw.get('forget_rate') == .3
+    assert cb.tau == (.3 if known else cb.estimate.rate) and (cb.evidence.U == .3) == known
+    assert cb.lam == kw.get('co_lambda', cb.evidence.co_lambda)
+
+def test_a_rule_that_there_is_not():
+    with pytest.raises(ValueError, match="rule='best' must be one of None, 'evidence', 'schedule'"):
+        JoCorCallback(rule='best')
+
+def several_labels():
+    x,y = torch.randn(96,8),(torch.rand(96,4) > .5).float()
+    return tensors(x, y, nn.Linear(8,4), loss_func=BCEWithLogitsLossFlat())
+
+def does_not_tell():
+    dl = torch.utils.data.DataLoader(list(zip(torch.randn(96,8), torch.randint(0,4,(96,)))), batch_size=32)
+    return quiet(Learner(DataLoaders(dl, dl), nn.Linear(8,4), loss_func=CrossEntropyLossFlat()))
+
+@pytest.mark.parametrize('make', (several_labels,does_not_tell))
+def test_data_for_a_schedule_only(make):
+    learn,cb = make(),JoCorCallback(forget_rate=.25)
+    learn.fit(3, 1e-3, cbs=cb)
+    assert not cb.by_evidence and cb.history.R.tolist() == [0,.25,.25] and cb.evidence is None
+    learn = make()
+    model = learn.model
+    with pytest.raises(ValueError, match="rule='evidence' needs one class an item"):
+        learn.fit(1, cbs=JoCorCallback(rule='evidence', forget_rate=.25))
+    with pytest.raises(ValueError, match='pass forget_rate'): learn.fit(1, cbs=JoCorCallback())
+    assert learn.model is model
