@@ -3,6 +3,7 @@
     python benchmarks/everyday.py --path FOLDER                          # the fast part, seed 0
     python benchmarks/everyday.py --path FOLDER --seeds 0-2 --part all
     python benchmarks/everyday.py --path FOLDER --data digits,clothing --only plain,default
+    python benchmarks/everyday.py --part ablation                       # without each part of the default
     python benchmarks/everyday.py --summary_only
 
 FOLDER, or the environment variable FASTAI_JOCOR_DATA, holds the data. Data that are not there are left out, and named:
@@ -32,6 +33,7 @@ from fastai.vision.all import get_image_files, IndexSplitter, Resize, ResizeMeth
 from torch.utils.data import TensorDataset
 from fastai_jocor.all import Asymmetric, InMemoryDataLoaders, InstanceDependent, JoCorCallback, Symmetric
 from fastai_jocor.all import jocor_cnn, jocor_mlp, mnist_dls
+from fastai_jocor.evidence import Evidence
 
 FILE = Path(__file__).resolve().parent/'results'/'everyday.csv'
 KEY = ['data', 'noise', 'epochs', 'lr', 'method', 'seed']
@@ -245,6 +247,15 @@ methods = dict(
     schedule=Method(callback=lambda tau: JoCorCallback(k=3, rule='schedule')),
     by_hand=Method(callback=lambda tau: JoCorCallback(k=3, forget_rate=tau, balance=1)))
 
+# The parts of the default, each switched off: some cells where something is at stake
+ablation = {f'no_{part}': Method(callback=lambda tau, part=part: JoCorCallback(k=3, without=(part,)))
+            for part in Evidence.parts}
+at_stake = [Cell('digits', 'symmetric 50', 15, 3e-3), Cell('digits', 'symmetric 50', 60, 2e-2),
+            Cell('digits', 'symmetric 80', 60, 2e-2), Cell('digits', 'asymmetric 40', 15, 3e-3),
+            Cell('digits', 'instance 40', 15, 3e-3), Cell('rare', 'clean', 15, 3e-3),
+            Cell('clothing', 'clean', 15, 3e-3), Cell('clothing', 'symmetric 30', 15, 3e-3),
+            Cell('features5k', 'asymmetric 40', 10, 3e-3), Cell('features5k', 'worse', 10, 3e-3)]
+
 class LastEpoch(Callback):
     "Note how often each item was kept before the last epoch"
     order = -6
@@ -284,7 +295,7 @@ def train(d, y, cell, method, tau, seed):
 
 def run(cell, name, seed, path):
     "One row: a cell, a method, a seed"
-    method,d,start = methods[name],tables[cell.data].source(path, seed),time.time()
+    method,d,start = (methods | ablation)[name],tables[cell.data].source(path, seed),time.time()
     y = given_labels(d, cell.data, cell.noise, seed)
     right = torch.as_tensor(y == d.y)
     wrong = float((~right).double().mean())
@@ -336,7 +347,7 @@ def summary(df):
 @call_parse
 def main(
     path:str=os.environ.get('FASTAI_JOCOR_DATA', '.'), # Folder of the data
-    part:str='fast', # `fast`, `slow` or `all`
+    part:str='fast', # `fast`, `slow`, `all`, or `ablation`: the default without each of its parts
     seeds:str='0', # Seeds, as a range or one
     data:str=','.join(tables), # Which data
     only:str=','.join(methods), # Which methods
@@ -347,7 +358,9 @@ def main(
     path = Path(path)
     a,*b = map(int, seeds.split('-'))
     seeds = range(a, (b or [a])[0]+1)
-    todo = [(*c, m, s) for s in seeds for c in cells(part, data.split(',')) for m in only.split(',')]
+    which = at_stake if part == 'ablation' else list(cells(part, data.split(',')))
+    names = list(ablation) if part == 'ablation' else only.split(',')
+    todo = [(*c, m, s) for s in seeds for c in which for m in names]
     done = {tuple(o) for o in rows()[KEY].itertuples(index=False)}
     for key in [] if summary_only else todo:
         if key not in done: do_run(key, path)
