@@ -59,7 +59,8 @@ def main(out, select, n, method='JoCorCallback'):
     dls = digits_dls(noise=Symmetric(.4), bs=32, drop_last=False, valid=1-n/1797, device='cpu')
     learn = Learner(dls, Net(), opt_func=lambda ps, **kw: OptimWrapper(ps, opt=torch.optim.SGD, **kw))
     learn.logger = noop
-    cb,keep,sights = globals()[method](k=3, select=select, num_gradual=0),Keep(),Sights()
+    cb = globals()[method](k=3, select=select, num_gradual=0, rounding='official')
+    keep,sights = Keep(),Sights()
     auto = JoCorCallback(k=3, select=select, num_gradual=0, forget_rate='auto', balance=.5)
     with learn.distrib_ctx(sync_bn=False), loaders_talk_over_the_cpu():
         if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)

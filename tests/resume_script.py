@@ -3,6 +3,7 @@ import os, random, signal, sys, time, torch
 from pathlib import Path
 from fastai.vision.all import Adam, Callback, Learner, accuracy, noop, set_seed
 from fastai_jocor.all import *
+from fastai_jocor.evidence import evidence_state
 from fastai_jocor.lab.run import fast_adam
 
 EPOCHS = 10
@@ -25,12 +26,13 @@ def learner(path, opt, seed):
 def train(path, opt, seed=3):
     torch.set_num_threads(1)
     learn = learner(path, opt, seed)
-    cb = JoCorCallback(k=3, forget_rate='auto', num_gradual=8, balance=.5 if opt is fast_adam else 0.)
+    by_schedule = dict(forget_rate='auto', num_gradual=8, balance=.5)
+    cb = JoCorCallback(k=3, **by_schedule) if opt is fast_adam else JoCorCallback(k=3)
     learn.fit_one_cycle(EPOCHS, 4e-3, cbs=[cb, Checkpoint(), Progress(path/'progress')])
     state = learn.opt.state_dict()
     if 'hypers' in state: state = [dict(o) for o in state['state']]
     torch.save(dict(weights=[p.detach() for p in learn.model.parameters()], history=cb.history.to_dict('list'),
-                    ledger=cb.items.state(), estimate=cb.estimate, warm_up=cb.warm_up,
+                    ledger=cb.items.state(), estimate=cb.estimate, warm_up=cb.warm_up, evidence=evidence_state(cb.evidence),
                     table=[list(v) for v in learn.recorder.values], opt=state), path/'end.pt')
 
 def in_child(*args):
