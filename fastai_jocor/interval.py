@@ -37,6 +37,6 @@ def wrong_share(
     gap = max(U-sure, 0.)
     error = 2*math.sqrt(max(sure*(1-sure), 1/n)/max(n/2, 1))
     known = min(max((alike-.5)/.3, 0.), 1.)
-    low = known*min(max(sure-.75*gap-error, 0.), 1.)
     high = min(min(U, sure+.25*gap+.03)+error, 1.)
+    low = known*min(max(sure-.75*gap-error, 0.), high)
     return min(max(sure-.2*gap, low), high), low, high

@@ -1,0 +1,48 @@
+"How many labels are wrong: the surest predictions against a loop written out, and what must hold of any interval."
+import numpy as np, pytest
+from hypothesis import given, strategies as st
+from fastai_jocor.interval import sure_error, wrong_share
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40), st.sampled_from((.25,.5,1.)),
+       st.integers(0, 99))
+def test_the_surest_predictions_of_each_class(pairs, share, seed):
+    predicted,labels = np.array(pairs).T
+    conf = np.random.default_rng(seed).permutation(len(pairs))/len(pairs)
+    wrong = 0
+    for c in range(4):
+        items = sorted((-conf[i], labels[i] != c) for i in range(len(pairs)) if predicted[i] == c)
+        best = [o for _,o in items[:max(int(share*len(items)), 1)]]
+        if items: wrong += sum(best)/len(best)*len(items)
+    assert sure_error(predicted, conf, labels, share) == pytest.approx(wrong/len(pairs))
+
+part = st.floats(0, 1)
+
+@given(out=part, sure=part, n=st.integers(1, 10**5), alike=part)
+def test_an_interval(out, sure, n, alike):
+    rate,low,high = wrong_share(out, sure, n, alike)
+    assert 0 <= low <= rate <= high <= 1
+    assert low <= wrong_share(out, sure, n, 1.)[1] and wrong_share(out, sure, n, .5)[1] == 0
+
+@given(out=part, sure=part, n=st.integers(10, 1000))
+def test_more_labels_tell_more(out, sure, n):
+    few,many = wrong_share(out, sure, n),wrong_share(out, sure, 100*n)
+    assert many[2]-many[1] <= few[2]-few[1]+1e-9
+
+def simulated(rate, skill, seed, n=3000, c=10):
+    "What a network says of labels that were hidden from it: the surer it is, the more often it is right"
+    rng = np.random.default_rng(seed)
+    true = rng.integers(0, c, n)
+    labels = np.where(rng.random(n) < rate, (true+rng.integers(1, c, n)) % c, true)
+    conf = rng.beta(skill, 1, n)
+    predicted = np.where(rng.random(n) < conf, true, (true+rng.integers(1, c, n)) % c)
+    return predicted,conf,labels
+
+@pytest.mark.parametrize('rate', (0.,.1,.2,.4,.6))
+@pytest.mark.parametrize('skill', (2,4,20)) # right in 67%, 80% and 95%
+def test_the_truth_is_inside(rate, skill):
+    for seed in range(5):
+        predicted,conf,labels = simulated(rate, skill, seed)
+        out = (predicted == labels).mean()
+        guess,low,high = wrong_share(out, sure_error(predicted, conf, labels), len(labels), .9)
+        assert low-.01 <= rate <= high+.01 and abs(guess-rate) < {2: .14, 4: .08, 20: .04}[skill]
+        assert high-low < .45
