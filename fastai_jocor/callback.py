@@ -154,7 +154,7 @@ def rate_of(self:JoCorCallback,
 )->float: # In [0, 1)
     "The share that is dropped at least"
     if not self.by_evidence: return FitState.rate_of(self, epoch)
-    return 0. if self.evidence is None else self.evidence.R
+    return 0. if self.evidence is None or self.weigh.frozen else self.evidence.R
 
 # %% ../nbs/08_callback.ipynb #4247a83d
 @patch

@@ -25,8 +25,12 @@ class Weigh(Part):
 
     def before_train(self):
         o = self.owner
-        self.frozen = bool(getattr(self.opt, 'frozen_idx', 0))
         self.learn.selection.evidence = None if o.finding else o.evidence
+
+    @property
+    def frozen(self):
+        "Whether a body is frozen"
+        return bool(getattr(self.learn.opt, 'frozen_idx', 0))
 
     @property
     def tau(self):
@@ -76,9 +80,8 @@ def _select(self:Weigh, e, by, usable):
     if s.across:
         if usable is None: usable = torch.ones_like(by, dtype=torch.bool) # others may have such that are not
         by,usable = union(by),union(usable)
-    R = 0. if self.frozen else s.R
-    if s.ignored is None: n = s.drop_count(len(by), R)
-    else: n = (R*(usable.sum() if usable is not None else len(by))).long()
+    if s.ignored is None: n = s.drop_count(len(by), s.R)
+    else: n = (s.R*(usable.sum() if usable is not None else len(by))).long()
     keep = keep_by_margin(by, math.inf if self.frozen else e.threshold, n, usable)
     return (own_part(keep) if s.across else keep).float(), keep.sum()
 

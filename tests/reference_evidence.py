@@ -13,22 +13,32 @@ class Rule:
         self.tau,self.looks = tau,by_margin
         self.margin = {}
         self.mean,self.votes,self.labels = np.full((3,n_classes), 1/n_classes)
-        self.R = self.against = self.owed = 0.
+        self.brake = self.owed = 0.
+        self.voted = {} # of a single network, in the epoch before
         self.rows,self.by_margin,self.by_floor = [],0,0
 
     @property
-    def found(self): return 1-max([o['out'] for o in self.rows], default=0.)
+    def best(self): return max(self.rows, key=lambda o: o['out'], default=dict(out=0, rate=0, low=0, high=1))
     @property
-    def U(self): return self.found if self.tau is None else self.tau
+    def U(self): return self.best['high'] if self.tau is None else self.tau
+    @property
+    def alike(self): return self.rows[-1]['alike'] if self.rows else 0
 
     @property
     def threshold(self):
+        if not self.looks or self.alike < .25: return math.inf
         U = min(max(self.U, .005), .995)
-        if not self.looks: return math.inf
-        return max(1.5, 2+math.log((1-U)/U))
+        doubt = max(math.log((1-self.alike)/self.alike), 0) if self.alike < 1 else 0
+        return max(1.5, 2+math.log((1-U)/U))+doubt
 
     @property
-    def lam(self): return .8*np.clip((self.against-.3)/.3, 0, 1)
+    def R(self):
+        if len(self.rows) < 2: return self.brake
+        guess = self.best['rate'] if self.tau is None else self.tau
+        return max(self.brake, guess*np.clip((self.alike-.7)/.2, 0, 1))
+
+    @property
+    def lam(self): return .8*np.clip((self.rows[-1]['against']-.3)/.3, 0, 1) if self.rows else 0
 
     def margin_of(self, p, y):
         q = np.log(p)-np.log(np.maximum(self.mean, 1e-4))
@@ -65,48 +75,40 @@ class Rule:
 
     def close(self, seen):
         "The interval after an epoch, from `(position, logits (k, C), label)` of each item"
-        out,inside,against,others = [],[],[],[]
-        hidden_items = []
+        hidden,others,voted = [],[],{}
         for i,z,y in seen:
             best,peer = z.argmax(-1),self.hidden[i]
             if peer < 0:
                 others.append(softmax(z).mean(0).argmax() == y)
+                voted[i] = best[0]
                 continue
-            p = softmax(z[peer])
-            out.append(best[peer] == y)
-            inside.append(np.mean([best[m] == y for m in range(self.k) if m != peer]) if self.k > 1 else 0)
-            against.append(self.margin_of(p, y) > self.threshold)
-            hidden_items.append((y, p))
-        self.rows.append(dict(out=np.mean(out), inside=np.mean(inside if self.k > 1 else others),
-                              against=np.mean(against), n=len(out), joint=wrong_by_joint(hidden_items, self.C)))
-        self.against = self.rows[-1]['against']
+            p,twins = softmax(z[peer]),[best[m] for m in range(self.k) if m != peer]
+            if self.k == 1: twins = [self.voted.get(i, -1)]
+            hidden.append(dict(y=y, vote=best[peer], conf=p.max(), out=best[peer] == y, inside=np.mean(twins == y),
+                               alike=np.mean(twins == best[peer]), against=self.margin_of(p, y) > self.threshold))
+            voted[i] = best[0]
+        row = {name: np.mean([o[name] for o in hidden]) for name in ('out','inside','alike','against')}
+        if self.k == 1: row['inside'] = np.mean(others)
+        self.voted = voted
+        self.rows.append(row | wrong(hidden, row['out'], row['alike']))
         if len(self.rows) > 1:
             now,before = self.rows[-1],self.rows[max(len(self.rows)-3, 0)]
             growth = max(now['out']-before['out'], 0)
             press = max(now['inside']-now['out']-.01-1.5*growth, 0)
-            self.R = min(self.U, self.R+min(.25, 2*press))
-        return self.interval()
+            self.brake = min(self.U, self.brake+min(.25, 2*press))
+        return self.best['low'],self.best['high']
 
-    def interval(self):
-        U = self.found
-        error = 2*math.sqrt(U*(1-U)/self.rows[-1]['n'])
-        return max(0, 2*self.against-U-error), min(1, U+error)
-
-    def rate(self):
-        low,high = self.interval()
-        return min(max(max(self.rows, key=lambda o: o['out'])['joint'], low), high, .95)
-
-def wrong_by_joint(items, C):
-    "The share of wrong labels by confident learning, from `(label, probabilities)`"
-    n = [sum(y == c for y,_ in items) for c in range(C)]
-    least = [sum(p[y] for y,p in items if y == c)/max(n[c], 1) for c in range(C)]
-    counts = np.zeros((C,C))
-    for y,p in items:
-        best = p.argmax()
-        if best != y and n[best] and p[best] >= least[best]: counts[best,y] += 1
-        elif p[y] >= least[y]-1e-12: counts[y,y] += 1
-    right = sum(counts[c,c]/max(counts[:,c].sum(), 1)*n[c] for c in range(C))
-    return 1-right/len(items)
+def wrong(hidden, out, alike):
+    "How many labels are wrong, from the surest half of the votes for each class"
+    surest = 0
+    for c in {o['vote'] for o in hidden}:
+        votes = sorted([o for o in hidden if o['vote'] == c], key=lambda o: -o['conf'])
+        surest += np.mean([o['y'] != c for o in votes[:max(len(votes)//2, 1)]])*len(votes)/len(hidden)
+    gap = max(1-out-surest, 0)
+    error = 2*math.sqrt(max(surest*(1-surest), 1/len(hidden))/max(len(hidden)/2, 1))
+    high = min(min(1-out, surest+.25*gap+.03)+error, 1)
+    low = np.clip((alike-.5)/.3, 0, 1)*np.clip(surest-.75*gap-error, 0, high)
+    return dict(rate=min(max(surest-.2*gap, low), high), low=low, high=high)
 
 def hide(zs, hidden):
     "The same logits; a peer from which an item is hidden gets no gradient from it"

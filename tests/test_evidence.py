@@ -1,10 +1,11 @@
 "The default rule: against a loop written out, what must always hold of its parts, and when it is taken."
 import copy, math, numpy as np, pytest, torch
-from hypothesis import assume, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 from fastai.vision.all import BCEWithLogitsLossFlat, DataLoader, DataLoaders, Learner, CrossEntropyLossFlat, nn
 from fastai_jocor.all import JoCorCallback, jocor_mlp
-from fastai_jocor.evidence import (Evidence, hidden_from, hide, keep_by_margin, margin_threshold, next_R,
-    noise_interval, protection)
+from fastai_jocor.evidence import (Evidence, hidden_from, hide, keep_by_margin, margin_threshold, next_brake,
+    protection)
+from fastai_jocor.interval import sure_error, wrong_share
 from learners import Record, Step, digits, digits64, mlps64, quiet, same, tensors, weights
 import reference, reference_evidence
 
@@ -12,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings('ignore:the peers have not learned')
 
 # --- against a loop
 
-FITS = [(1, 5, 1e-2, {}, {}, 'margin'), (3, 4, 1e-2, dict(seed=3), {}, 'margin contrast'),
+FITS = [(1, 5, 1e-2, {}, {}, 'margin floor'), (3, 4, 1e-2, dict(seed=3), {}, 'margin floor contrast'),
     (2, 8, 1e-2, dict(forget_rate=.2), dict(tau=.2), 'margin floor'),
     (2, 8, 2e-2, dict(without=('margin',)), dict(by_margin=False), 'floor')]
 
@@ -29,7 +30,7 @@ def test_same_as_a_loop(k, epochs, lr, kw, told, occurs):
     history,est = cb.history,cb.estimate
     np.testing.assert_allclose(history.R, [R for R,_ in rates], atol=1e-9)
     np.testing.assert_allclose(history[['noise_low','noise_high']], ends, atol=1e-9)
-    assert (est.low,est.high,est.rate) == pytest.approx((*rule.interval(), rule.rate()))
+    assert (est.low,est.high,est.rate) == pytest.approx((*ends[-1], rule.best['rate']))
     assert est.low < learn.dls.noise.rate < est.high
     found = dict(margin=rule.by_margin > 0, floor=rule.by_floor > 0, contrast=k > 1 and max(lam for _,lam in rates) > 0)
     assert ' '.join(name for name,o in found.items() if o) == occurs
@@ -113,27 +114,34 @@ def test_margin_threshold(U, more):
     assert margin_threshold(.1) == pytest.approx(2+math.log(9)) and margin_threshold(.9) == 1.5
 
 share = st.floats(0, 1)
-row = st.fixed_dictionaries(dict(out=share, inside=share, against=share, n=st.integers(1, 1000)))
+row = st.fixed_dictionaries({name: share for name in ('out','inside','against','alike','rate','low','high')})
 
 @given(rows=st.lists(row, max_size=12), tau=st.none() | st.floats(0, .9), without=st.sampled_from(((), ('growth',))))
-def test_next_R(rows, tau, without):
+def test_the_least_share_to_drop(rows, tau, without):
     e = Evidence(100, 2, 10, tau=tau, without=without)
     for o in rows:
-        before,e.rows = e.R,[*e.rows, o]
-        e.R = next_R(e)
-        assert min(before, e.U) <= e.R <= min(e.U, before+.25+1e-9)
-        memorises = o['inside'] > o['out']+.01
-        assert memorises or e.R <= before
-    if tau is None and rows: assert e.U == 1-max(o['out'] for o in rows)
+        o['rate'] = min(o['rate'], o['high'])
+        before,e.rows = e.brake,[*e.rows, o]
+        e.brake = next_brake(e)
+        assert min(before, e.U) <= e.brake <= e.R <= e.U and e.brake <= before+.25+1e-9
+        assert o['inside'] > o['out']+.01 or e.brake <= before
+        assert o['alike'] > .7 or e.R == e.brake
+        assert o['alike'] >= .25 or e.threshold == math.inf
+        assert 0 <= e.co_lambda <= .8
+    if tau is None and rows: assert e.U == max(rows, key=lambda o: o['out'])['high']
 
-@given(rows=st.lists(row, min_size=1, max_size=5))
-def test_noise_interval(rows):
-    e = Evidence(100, 2, 10)
-    assert noise_interval(e) == (0,1)
-    e.rows,e.against = rows,rows[-1]['against']
-    assume(e.against <= e.U)
-    low,high = noise_interval(e)
-    assert 0 <= low <= high <= 1 and high >= min(e.U, 1)
+@given(out=share, sure=share, n=st.integers(1, 1000), alike=share)
+def test_the_interval(out, sure, n, alike):
+    rate,low,high = wrong_share(out, sure, n, alike)
+    assert 0 <= low <= rate <= high <= 1 and (low == 0 or alike > .5)
+    assert low <= sure
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), share), min_size=1, max_size=40), st.floats(.01, 1))
+def test_sure_error(votes, share):
+    vote,label,conf = map(np.array, zip(*votes))
+    assert 0 <= sure_error(vote, conf, label, share) <= 1+1e-9
+    assert sure_error(vote, conf, vote, share) == 0
+    assert sure_error(vote, conf, label, 1.) == pytest.approx((vote != label).mean())
 
 # --- parts that are switched off
 
@@ -145,14 +153,15 @@ def few(k=2, **kwargs):
     return learn,cb
 
 def test_every_part_counts():
-    "What makes R rise is seen where nothing is dropped by its margin"
+    "The brake is seen where nothing else makes that items are dropped"
     learn,cb = few()
     assert cb.history.R.iloc[-1] > 0 and cb.history.kept.iloc[-1] < .9
-    base,by_floor = weights(learn.model),weights(few(without=('margin',))[0].model)
+    base,unsure = weights(learn.model),('margin','guess')
+    by_brake = weights(few(without=unsure)[0].model)
     for part in Evidence.parts:
-        of_R = part in ('memorising','growth')
-        other = weights(few(without=('margin',part) if of_R else (part,))[0].model)
-        assert not same(other, by_floor if of_R else base), part
+        brakes = part in ('memorising','growth')
+        other = weights(few(without=(*unsure,part) if brakes else (part,))[0].model)
+        assert not same(other, by_brake if brakes else base), part
 
 def test_a_part_that_there_is_not():
     with pytest.raises(ValueError, match="without='margins' must be one of 'margin', 'memory'"):

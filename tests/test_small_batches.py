@@ -58,10 +58,10 @@ def test_official_rounding_is_that_of_each_batch(bs):
 @pytest.mark.parametrize('bs', (2,3,7))
 def test_the_least_share_of_the_evidence_rule(bs):
     "Where there are votes against enough labels, as here, where the labels say nothing"
-    cb,counts = JoCorCallback(k=2, without=('margin','protection')),[]
+    cb,counts = JoCorCallback(k=2, without=('margin','protection','guess')),[]
     learn = tensors(*items(), jocor_mlp(10, 64), bs=bs)
     learn.fit(1, 0., cbs=cb)
-    cb.evidence.R = .2
+    cb.evidence.brake = .2
     learn.fit(1, 0., cbs=[cb, Step(lambda l: counts.append(l.selection.n-int(l.selection.kept.sum())))])
     assert cb.history.R.tolist() == [0,.2]
     assert .2-.01 < sum(counts)/240 <= .2+1e-6 and max(counts) <= -(-bs//5)
