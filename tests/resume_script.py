@@ -32,7 +32,8 @@ def train(path, opt, seed=3):
     state = learn.opt.state_dict()
     if 'hypers' in state: state = [dict(o) for o in state['state']]
     torch.save(dict(weights=[p.detach() for p in learn.model.parameters()], history=cb.history.to_dict('list'),
-                    ledger=cb.items.state(), estimate=cb.estimate, warm_up=cb.warm_up, evidence=evidence_state(cb.evidence),
+                    ledger=cb.items.state(), estimate=cb.estimate, warm_up=cb.warm_up,
+                    evidence=evidence_state(cb.evidence),
                     table=[list(v) for v in learn.recorder.values], opt=state), path/'end.pt')
 
 def in_child(*args):
