@@ -29,8 +29,8 @@ class Weigh(Part):
 
     @property
     def frozen(self):
-        "Whether a body is frozen"
-        return bool(getattr(self.learn.opt, 'frozen_idx', 0))
+        "Whether a body is frozen in the fit at hand"
+        return self.owner.learn is not None and bool(getattr(self.learn.opt, 'frozen_idx', 0))
 
     @property
     def tau(self):

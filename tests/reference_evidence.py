@@ -41,7 +41,8 @@ class Rule:
     def lam(self): return .8*np.clip((self.rows[-1]['against']-.3)/.3, 0, 1) if self.rows else 0
 
     def margin_of(self, p, y):
-        q = np.log(p)-np.log(np.maximum(self.mean, 1e-4))
+        even = np.clip((self.labels.min()*self.C-.4)/.2, 0, 1) if self.C > 2 else 0
+        q = np.log(p)-even*np.log(np.maximum(self.mean, 1e-4))
         return q.max()-q[y]
 
     def judge(self, zs, y, idx):
