@@ -44,7 +44,7 @@ class AverageWeights(Part):
 class UseRejectedCallback(JoCorCallback):
     "JoCoR with one of the `USES` of the rejected items"
     def __init__(self, use='pseudo', threshold=.95, decay=.999, **kwargs):
-        super().__init__(**kwargs)
+        super().__init__(rule='schedule', **kwargs)
         if use not in USES: raise ValueError(f"use={use!r} must be one of {', '.join(USES)}")
         self.use,self.threshold = use,threshold
         self.average = AverageWeights(self, decay) if use == 'ema' else None
@@ -66,7 +66,7 @@ class UseRejectedCallback(JoCorCallback):
         weight = min(1., max(0., (self.before+self.epoch-self.gradual)/max(self.gradual, 1)))
         if weight and self.use in ('pseudo','relabel'): loss = self.with_votes(logits, losses, kept, weight)
         if weight and self.use == 'contrast':
-            scale = self.co_lambda*len(logits)/n_terms(len(logits), self.contrast)
+            scale = self.lam*len(logits)/n_terms(len(logits), self.contrast)
             apart = scale*contrasts[self.contrast](self.log_probs)
             loss = loss + weight*(apart.mean()-apart[kept].mean())
         return loss,kept,losses
@@ -79,10 +79,10 @@ class UseRejectedCallback(JoCorCallback):
         given = torch.zeros_like(prob).index_fill_(0, kept, 1.)
         voted = weight*(sure if self.use == 'relabel' else sure & (given == 0)).float()
         if self.use == 'relabel': given = given*(1-voted)
-        own = joint_loss(logits, vote, self.co_lambda, self.contrast, log_probs=self.log_probs)
+        own = joint_loss(logits, vote, self.lam, self.contrast, log_probs=self.log_probs)
         return (given*losses + voted*own).sum()/(given+voted).sum()
 
-methods['use_rejected'] = Method(UseRejectedCallback)
+methods['use_rejected'] = Method(UseRejectedCallback, paper=methods['jocor'].paper)
 
 def fields(way):
     "Fields of `RunConfig` for one of the `WAYS`"
