@@ -244,7 +244,7 @@ methods = dict(
     jocor2=Method(callback=lambda tau: JoCorCallback(k=2)),
     jocor3_tau=Method(callback=lambda tau: JoCorCallback(k=3, forget_rate=tau)),
     jocor2_tau=Method(callback=lambda tau: JoCorCallback(k=2, forget_rate=tau)),
-    schedule=Method(callback=lambda tau: JoCorCallback(k=3, rule='schedule')),
+    schedule=Method(callback=lambda tau: JoCorCallback(k=3, rule='schedule', rounding='official')),
     by_hand=Method(callback=lambda tau: JoCorCallback(k=3, forget_rate=tau, balance=1)))
 
 # The parts of the default, each switched off: some cells where something is at stake
