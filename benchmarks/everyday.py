@@ -254,7 +254,8 @@ at_stake = [Cell('digits', 'symmetric 50', 15, 3e-3), Cell('digits', 'symmetric 
             Cell('digits', 'symmetric 80', 60, 2e-2), Cell('digits', 'asymmetric 40', 15, 3e-3),
             Cell('digits', 'instance 40', 15, 3e-3), Cell('rare', 'clean', 15, 3e-3),
             Cell('clothing', 'clean', 15, 3e-3), Cell('clothing', 'symmetric 30', 15, 3e-3),
-            Cell('features5k', 'asymmetric 40', 10, 3e-3), Cell('features5k', 'worse', 10, 3e-3)]
+            Cell('features5k', 'asymmetric 40', 10, 3e-3), Cell('features5k', 'worse', 10, 3e-3),
+            Cell('adult', 'symmetric 30', 5, 1e-2)]
 
 class LastEpoch(Callback):
     "Note how often each item was kept before the last epoch"
