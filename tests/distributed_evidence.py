@@ -1,4 +1,4 @@
-"Run by torch.distributed.run in two processes on the CPU: the default rule, also where one process alone has bad items."
+"Run by torch.distributed.run in two processes: the default rule, also where one process alone has bad items."
 import os, sys, torch
 os.environ['ACCELERATE_USE_CPU'] = 'true'
 from pathlib import Path
