@@ -251,5 +251,5 @@ def estimate_from(
 )->NoiseEstimate: # With an interval
     "How many labels look wrong"
     best = e.best
-    return NoiseEstimate(min(best['rate'], .95), math.nan, best['sure'], doubt, best['high']-best['low'] < .5,
+    return NoiseEstimate(min(best['rate'], .95), best['sure'], best['sure'], doubt, best['high']-best['low'] < .5,
                          best['low'], best['high'])

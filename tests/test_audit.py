@@ -79,7 +79,7 @@ def test_suspects_are_those_that_stand_out(trained):
 def test_evidence(trained):
     s,f = trained[1].suspects(1),trained[1].ledger
     r = f.loc[s.index[0]]
-    assert s.evidence.iloc[0] == (f'{1-r.votes_given:.0%} of 12 votes against it, '
+    assert s.evidence.iloc[0] == (f'{1-r.votes_given:.0%} of {r.seen} votes against it, '
                                   f'probability {r.prob:.2f} (vote {r.conf:.2f}), kept {r.kept:.0%}')
 
 def test_what_cannot_be_ranked(trained):

@@ -125,7 +125,7 @@ def test_protocols_and_settings_are_kept_apart(results):
     df = read_results(out)
     assert df.protocol.nunique() == 2 and sorted(len(rs) for _,rs in df.groupby('protocol')) == [1,49]
     rs = df[df.lr == .001]
-    assert {'jocor k=2 co_lambda=0.5','jocor k=2 co_lambda=0.8','jocor k=3','standard'} <= set(rs.label)
+    assert {'jocor k=2 co_lambda=0.5','jocor k=2 co_lambda=default','jocor k=3','standard'} <= set(rs.label)
     again = out/'again'; shutil.copytree(run_dir(out, RunConfig(noise='symmetric:0.2', epochs=EPOCHS)), again)
     with pytest.raises(ValueError, match='second run'): read_results(out)
 

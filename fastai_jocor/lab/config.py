@@ -100,7 +100,8 @@ class RunConfig:
         if self.by_schedule:
             if 'rule' in args: args['rule'] = 'schedule'
             if self.noise == 'none' and args.get('forget_rate', 0) is None: args['forget_rate'] = 0.
-        options = m.paper if self.by_schedule and self.schedule == 'paper' else {}
+        options = dict(m.paper) if self.by_schedule else {}
+        if self.schedule != 'paper': options.pop('first_epoch', None)
         options = options | {k: v for k,v in self.options.items() if k not in m.loss_options}
         try: return m.callback(**args, **options)
         except TypeError as e:
