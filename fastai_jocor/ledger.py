@@ -152,7 +152,7 @@ class NoiseEstimate:
     def __str__(self):
         if self.has_interval:
             return (f"between {self.low:.0%} and {self.high:.0%} of the labels look wrong"
-                    + ('' if self.trusted else ', but not all classes have been learned'))
+                    + ('' if self.trusted else ', but the peers do not know enough to be sure'))
         if self.trusted: return f"{self.rate:.1%} of the labels look wrong"
         how = f'with the smaller, {self.rate:.2f}' if self.rate else 'without dropping any item'
         return ("the noise rate cannot be told from what the peers have learned so far: sure votes give "
