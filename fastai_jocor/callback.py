@@ -93,12 +93,13 @@ def paper(cls:JoCorCallback,
 
 @patch
 def _choose(self:JoCorCallback, rule):
-    "The schedule, if one of its arguments is given"
+    "The schedule, if one of its arguments is given, or a subclass has a loss or a rate of its own"
     asks = dict(num_gradual=None, exponent=1., prune=None, balance=0.)
     given = [f'{name}={getattr(self, name)!r}' for name,o in asks.items() if getattr(self, name) != o]
     if given and rule == 'evidence':
         raise ValueError(f"{given[0]} is an argument of rule='schedule': leave it out, or pass rule='schedule'")
-    return 'schedule' if given else rule
+    own = [name for name in ('batch_loss','rate_of') if getattr(type(self), name) is not getattr(JoCorCallback, name)]
+    return 'schedule' if given or own and rule is None else rule
 
 # %% ../nbs/08_callback.ipynb #20107a43
 @patch(as_prop=True)

@@ -211,3 +211,13 @@ def test_data_for_a_schedule_only(make):
         learn.fit(1, cbs=JoCorCallback(rule='evidence', forget_rate=.25))
     with pytest.raises(ValueError, match='pass forget_rate'): learn.fit(1, cbs=JoCorCallback())
     assert learn.model is model
+
+def test_a_subclass_with_a_loss_of_its_own_trains_by_the_schedule():
+    class Own(JoCorCallback):
+        def batch_loss(self, logits, targ, R): return super().batch_loss(logits, targ, R)
+    class Rate(JoCorCallback):
+        def rate_of(self, epoch): return .3
+    class Named(JoCorCallback): pass
+    assert [cb(k=2).rule for cb in (Own,Rate,Named)] == ['schedule','schedule',None]
+    digits(bs=512).fit(1, 1e-3, cbs=(cb := Rate()))
+    assert cb.history.R.tolist() == [.3] and cb.history.kept.iloc[0] == pytest.approx(.7, abs=.01)
