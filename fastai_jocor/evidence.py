@@ -78,7 +78,7 @@ def keep_by_margin(
     "Find the items that are kept, without a host synchronisation"
     if usable is not None: by = by.masked_fill(~usable, -torch.inf)
     drop = by > threshold
-    if isinstance(n, Tensor): 
+    if isinstance(n, Tensor):
         least = by.sort(descending=True).values.gather(0, (n-1).clamp_min(0).view(1))
         drop |= (by >= least) & (by > 0) & (n > 0)
     elif n > 0: drop |= (by >= by.topk(min(n, len(by))).values[-1]) & (by > 0)
