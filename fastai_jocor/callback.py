@@ -14,7 +14,7 @@ from fastai.basics import *
 from .losses import (check_choice, check_co_lambda, check_contrast, check_number, default_co_lambda,
                                  joint_loss, joint_loss_multi, peer_losses)
 from .selection import class_quantiles
-from .evidence import Evidence, evidence_state, load_evidence
+from .evidence import Evidence, evidence_state, hidden_from, load_evidence
 from .prune import Prune
 from .batch import Selection
 from .state import FitState
@@ -35,6 +35,7 @@ class JoCorCallback(PeersCallback):
         refresh:int=5, # Epochs from one computation of all losses to the next with `approx`, at least 1
         balance:float=0., # How far a schedule makes up for classes that have fallen behind, in [0, 1]
         rule:str=None, # `evidence` or `schedule`; `None`: evidence, or a schedule where its arguments ask for it
+        hidden:float=None, # Share of items hidden from each peer, in [0, 1/k]; `None`: see `default_hidden`
         without:tuple=(), # Names of parts of the evidence that are switched off, for research: `Evidence.parts`
         **kwargs # `models`, `init`, `seed`, `restart`, `select`, `rounding`, `first_epoch`: see `PeersCallback`
     ):
@@ -46,11 +47,12 @@ class JoCorCallback(PeersCallback):
                      'lie in [0, 1]: how far selection makes up for classes that have fallen behind')
         check_choice('rule', rule, (None,'evidence','schedule'))
         for part in without: check_choice('without', part, Evidence.parts)
+        hidden_from(0, self.k, share=hidden)
         if co_lambda is not None: check_co_lambda(co_lambda)
         self.co_lambda,self.contrast = co_lambda,check_contrast(contrast)
         self.prune,self.refresh = prune,refresh
         self.balance,self.behind = balance,None
-        self.rule,self.without = self._choose(rule),tuple(without)
+        self.rule,self.without,self.hidden = self._choose(rule),tuple(without),hidden
         self.by_evidence = self.rule != 'schedule'
         self.weigh = Weigh(self)
         self.parts.append(self.weigh)

@@ -39,7 +39,8 @@ class Weigh(Part):
 
     def _begin(self, s):
         o = self.owner
-        o.evidence = Evidence(len(o.source), o.k, s.logits.shape[-1], o.seed or 0, self.tau, s.device, o.without)
+        o.evidence = Evidence(len(o.source), o.k, s.logits.shape[-1], o.seed or 0, self.tau, s.device, o.without,
+                              o.hidden)
         s.evidence = o.evidence
         return o.evidence
 
