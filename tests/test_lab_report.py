@@ -1,15 +1,20 @@
 "Tables, pictures and reports of grids."
-import itertools, json, re, shutil, numpy as np, pandas as pd, pytest
+import itertools, json, re, shutil, sys, numpy as np, pandas as pd, pytest
 from dataclasses import asdict
+from datetime import date
 from html.parser import HTMLParser
+from pathlib import Path
 from scipy import stats
 from fastai_jocor.lab.config import RunConfig
 from fastai_jocor.lab.results import pack, run_dir
 from fastai_jocor.lab.commands import jocor_report
-from fastai_jocor.lab.tables import (compare, difference_table, paired_differences, published, read_results, references,
-                                     score_frame, score_table, unfinished, _like)
+from fastai_jocor.lab.tables import (clear_best, compare, difference_table, paired_differences, published, read_results,
+                                     references, score_frame, score_table, unfinished, _like)
 from fastai_jocor.lab.plots import plot_k, plot_time
 from fastai_jocor.lab.report import report_blocks
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'tools'))
+import website
 
 EPOCHS = 14
 
@@ -105,7 +110,9 @@ def test_one_seed_has_no_interval(tmp_path):
     assert 'the last epoch, as' in ' '.join(str(o) for _,o in report_blocks(df, last=1))
     d = paired_differences(df, 'standard')
     assert d.low.isna().all() and (d.seeds == 1).all() and '±' not in score_table(df).to_string()
-    assert any(k == 'table' and '–' in o.to_string() for k,o in report_blocks(df) if k == 'table')
+    tables = [o for k,o in report_blocks(df) if k == 'table']
+    assert tables and not any(o.attrs.get('bold') for o in tables)
+    assert {'noise','method','difference'} <= set(tables[-2]) and not {'95% interval','interval is'} & set(tables[-2])
 
 def test_half_written_runs_are_left_out(results):
     out,_ = results
@@ -213,6 +220,58 @@ def test_page_is_whole_and_names_are_data(results):
     assert EVIL in set(pd.read_csv(out/'report'/'scores.csv').label)
     assert all(b.startswith(b'\x89PNG') for b in (p.read_bytes() for p in (out/'report').glob('*.png')))
     assert len(read_results(out)) == 48
+
+@pytest.fixture
+def ranked(tmp_path):
+    "Runs in which the four methods come one after the other in each seed, with label precision for two of them"
+    rng = np.random.default_rng(0)
+    for i,cfg in enumerate(configs(3)):
+        h = history(cfg, rng)
+        peers = h.filter(regex=r'^peer_\d').columns
+        h[['accuracy','peer_accuracy',*peers]] = .3 + .1*(i//3%4) + .01*cfg.seed + .001*rng.random()
+        if cfg.k == 3: h = h.drop(columns='label_precision')
+        write_run(tmp_path/'runs', cfg, h, machine=dict(processor='x', device='cuda', torch='2.9', python='3.12'))
+    return tmp_path/'runs'
+
+def test_the_clear_best_is_bold(ranked):
+    df = read_results(ranked)
+    best = {n: 'jocor k=3 kl_circular' for n in df.noise.unique()}
+    assert clear_best(df) == best
+    jocor_report(str(ranked))
+    rows = (ranked/'report'/'report.md').read_text().splitlines()
+    bold = [l for l in rows if '**' in l]
+    assert len(bold) == 3 and all(l.startswith('| jocor k=3 kl') and l.count('**') == 6 for l in bold)
+    assert (ranked/'report'/'report.html').read_text().count('<b>') == 9
+    close = df.label == 'jocor k=3'
+    df.loc[close,'peer_accuracy'] = df.peer_accuracy[close] + .1 + .05*(df.seed[close]-1)
+    assert clear_best(df) == {}
+
+def test_a_report_compares_each_two_methods_once(ranked):
+    jocor_report(str(ranked))
+    d = pd.read_csv(ranked/'report'/'differences.csv')
+    assert len(d) == 3*(3+2) and not d.duplicated(['noise','method','minus']).any()
+    assert len({(r.noise, frozenset([r.method, r.minus])) for r in d.itertuples()}) == len(d)
+    tables = [o for k,o in report_blocks(read_results(ranked)) if k == 'table' and 'difference' in o]
+    assert [len(o) for o in tables] == [9,6] and not any('minus' in o for o in tables)
+
+def test_a_report_leaves_out_what_is_empty(ranked):
+    df = read_results(ranked)
+    df.loc[df.noise == 'asymmetric:0.4','label_precision'] = np.nan
+    precision = [o for k,o in report_blocks(df) if k == 'table'][2]
+    assert precision['method'].tolist() == ['jocor k=2'] and 'asymmetric:0.4' not in precision
+
+def test_a_report_says_where_it_comes_from(ranked):
+    jocor_report(str(ranked), last=5, out=str(ranked.parent/'a b'))
+    text = re.sub(r'\\(.)', r'\1', (ranked.parent/'a b'/'report.md').read_text())
+    for o in (f'Folder: {ranked.resolve()}', f"Command: jocor_report {ranked} --out '{ranked.parent/'a b'}' --last 5",
+              f'Date: {date.today()}', 'Processor: x', 'Device: cuda', 'Versions: torch 2.9, python 3.12'): assert o in text
+
+@pytest.mark.skipif(website.chromium() is None, reason='Chromium is not installed')
+def test_a_report_fits_a_phone(ranked):
+    for f in ranked.glob('*jocor_k3-*/result.json'):
+        f.write_text(json.dumps(json.loads(f.read_text()) | dict(name='a_long_name_'*20)))
+    jocor_report(str(ranked))
+    assert list(website.look(ranked/'report', only=['report.html'])) == []
 
 def test_best_epoch_stands_apart(results):
     blocks = list(report_blocks(read_results(results[0])))

@@ -8,8 +8,9 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/lab/commands.html.md"""
 __all__ = ['jocor_train', 'jocor_bench', 'jocor_report', 'jocor_demo', 'jocor_audit']
 
 # %% ../../nbs/lab/06_commands.ipynb #1ab60002
-import sys, time, pandas as pd, torch
+import shlex, sys, time, pandas as pd, torch
 import matplotlib.pyplot as plt
+from datetime import date
 from pathlib import Path
 from fastcore.meta import delegates
 from fastcore.script import call_parse
@@ -19,8 +20,7 @@ from .spec import read_grid
 from .run import run
 from .results import finished, pack as pack_runs
 from .grid import check_grid, run_grid
-from .tables import (compare, paired_differences, read_results, references, score_frame, score_table,
-                                     unfinished)
+from .tables import compare, each_difference, read_results, score_frame, score_table, unfinished
 from .plots import plot_curves
 from .report import last_epochs, report_blocks, write_report
 from .review import audit, write_cleaned
@@ -101,11 +101,14 @@ def jocor_bench(
 
 # %% ../../nbs/lab/06_commands.ipynb #8e900023
 def _all_differences(df, reference):
-    found = []
-    for protocol,rs in df.groupby('protocol', sort=False):
-        refs = references(rs) if reference is None else [reference]
-        found += [paired_differences(rs, ref).assign(protocol=protocol) for ref in refs if ref in set(rs.label)]
-    return pd.concat(found)
+    groups = df.groupby('protocol', sort=False)
+    return pd.concat([d.assign(protocol=o) for o,rs in groups for _,d in each_difference(rs, reference)])
+
+def _report_facts(folder, **options):
+    "Where a report comes from: the options that are not the defaults are in the command"
+    given = [f'--{name} {shlex.quote(str(v))}' for name,v in options.items() if v is not None]
+    command = ' '.join(['jocor_report', shlex.quote(str(folder)), *given])
+    return dict(folder=str(Path(folder).resolve()), command=command, date=f'{date.today()}')
 
 @call_parse
 def jocor_report(
@@ -119,8 +122,9 @@ def jocor_report(
         df = read_results(folder, last)
         if reference is not None and reference not in set(df.label):
             raise ValueError(f"reference={reference!r} is none of the methods: {', '.join(df.label.unique())}")
+        facts = _report_facts(folder, out=out, reference=reference, last=None if last == 10 else last)
         out = Path(out or Path(folder)/'report')
-        write_report(report_blocks(df, reference, last, unfinished(folder)), out)
+        write_report(report_blocks(df, reference, last, unfinished(folder), facts), out)
         runs = df.drop(columns=['run','history','rank','noise_rank'])
         tables = dict(runs=runs, scores=score_frame(df), differences=_all_differences(df, reference))
         for name,t in tables.items(): write_text(out/f'{name}.csv', t.to_csv(index=False, float_format='%.6g'))

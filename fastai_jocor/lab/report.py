@@ -12,8 +12,8 @@ import html, io, re, pandas as pd
 import matplotlib.pyplot as plt
 from pathlib import Path
 from ..files import write_aside, write_text
-from .tables import difference_table, paired_differences, references, score_table, _like, _published
-from .page import data_url, page
+from .tables import clear_best, difference_table, each_difference, score_table, _like, _published
+from .page import data_url, page, template
 from .plots import plot_curves, plot_k, plot_time
 
 # %% ../../nbs/lab/04c_report.ipynb #8e900021
@@ -50,29 +50,40 @@ def _score(rs, score, last):
     for p in _published(rs, score):
         yield 'p',f"Rows marked as published are not ours: {p['source']}, {p['protocol']}."
         if not _like(rs, p): yield 'p','Our runs follow another protocol: the figures are not like for like.'
-    yield 'table',score_table(rs, score, with_published=True).reset_index()
+    best = clear_best(rs, score)
+    if best: yield 'p','In bold: the best of a column, if it is above each other method by the paired 95% intervals.'
+    table = score_table(rs, score, with_published=True)
+    table = _filled(table[(table != '–').any(axis=1)]).reset_index()
+    at = {label: i for i,label in enumerate(table['method'])}
+    table.attrs['bold'] = {(at[label], noise) for noise,label in best.items()}
+    yield 'table',table
+
+def _filled(table):
+    "Without the columns in which nothing stands"
+    return table.loc[:, ~table.isin(['–', '']).all()]
 
 def _differences(rs, reference):
-    for ref in references(rs) if reference is None else [reference]:
-        d = difference_table(paired_differences(rs, ref)) if ref in set(rs.label) else pd.DataFrame()
-        if d.empty: continue
+    for ref,d in each_difference(rs, reference):
         yield 'h3',f'Differences to {ref}'
         yield 'p',("Single peers, last epochs, percentage points: the mean difference within a seed, over the seeds "
                    "that both have, with Student's 95% interval, not corrected for the number of comparisons.")
-        yield 'table',d
+        yield 'table',_filled(difference_table(d)).drop(columns='minus')
 
 # %% ../../nbs/lab/04c_report.ipynb #8e900204
 def report_blocks(
     df:pd.DataFrame, # Of `read_results`
     reference:str=None, # Label of the method to compare with; `None`: of `references`
     last:int=10, # Epochs that were averaged over
-    open_runs:int=0 # Runs without a result
+    open_runs:int=0, # Runs without a result
+    facts:dict=None # What else to say at the top, such as the folder, the command and the date
 )->list: # Yields pairs of a kind (`h1`, `h2`, `h3`, `p`, `table`, `figure`) and a content
     "The contents of a report"
     yield 'h1','Results'
     left_out = f'; {open_runs} more have no whole result yet, and are left out' if open_runs else ''
-    processors = ', '.join(sorted(set(df.processor)-{''})) or 'not told'
-    yield 'p',f"{len(df)} finished runs{left_out}. Processor: {processors}."
+    yield 'p',f"{len(df)} finished runs{left_out}."
+    said = dict(facts or {})
+    for o in ('processor','device','versions'): said[o] = '; '.join(sorted(set(df[o])-{''})) or 'not told'
+    for name,text in said.items(): yield 'p',f'{name.capitalize()}: {text}'
     for i,(protocol,rs) in enumerate(df.groupby('protocol', sort=False)):
         yield 'h2',protocol
         yield from _seeds(rs)
@@ -89,9 +100,17 @@ def _md(s):
     return re.sub(r'([\\`*_{}\[\]<>#|$~&])', r'\\\1', re.sub(r'\s+', ' ', str(s)))
 
 def _md_table(df):
-    rows = [[_md(o) for o in row] for row in (df.columns, *df.values)]
-    rows.insert(1, ['---']*df.shape[1])
+    rows = [[_md(o) for o in row] for row in df.values]
+    for i,name in df.attrs.get('bold', ()): rows[i][df.columns.get_loc(name)] = f'**{_md(df[name][i])}**'
+    rows = [[_md(o) for o in df.columns], ['---']*df.shape[1], *rows]
     return '\n'.join(f"| {' | '.join(row)} |" for row in rows)
+
+def _html_table(df):
+    text = df.astype(str).map(html.escape)
+    for i,name in df.attrs.get('bold', ()): text.loc[i,name] = f'<b>{text[name][i]}</b>'
+    text.columns = [html.escape(o) for o in df.columns]
+    return f'<div class="wide" tabindex="0">{text.to_html(index=False, border=0, escape=False)}</div>'
+
 
 def _png(fig):
     buf = io.BytesIO()
@@ -109,15 +128,16 @@ def write_report(
     for kind,o in blocks:
         if kind == 'table':
             md.append(_md_table(o))
-            body.append(f'<div class="wide">{o.to_html(index=False, border=0, escape=True)}</div>')
+            body.append(_html_table(o))
         elif kind == 'figure':
             name,fig,alt = o
             png = _png(fig)
             with write_aside(out/f'{name}.png') as part: part.write_bytes(png)
             md.append(f'![{_md(alt)}]({name}.png)')
-            body.append(f'<p><img alt="{html.escape(alt)}" src="{data_url(png)}"></p>')
+            body.append(f'<p class="wide"><img alt="{html.escape(alt)}" src="{data_url(png)}"></p>')
         else:
             md.append(dict(h1='# ', h2='## ', h3='### ', p='')[kind] + _md(o))
             body.append(f'<{kind}>{html.escape(o)}</{kind}>')
     write_text(out/'report.md', '\n\n'.join(md) + '\n')
-    write_text(out/'report.html', page('Results', '<main class="text">\n' + '\n'.join(body) + '\n</main>'))
+    content = '<main class="text">\n' + '\n'.join(body) + '\n</main>'
+    write_text(out/'report.html', page('Results', content, template('report.css')))

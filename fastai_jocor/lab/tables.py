@@ -6,7 +6,7 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/lab/tables.html.md"""
 
 # %% auto #0
 __all__ = ['published', 'read_results', 'unfinished', 'mean_std', 'in_order', 'score_table', 'paired_differences',
-           'difference_table', 'references', 'compare', 'score_frame']
+           'difference_table', 'references', 'clear_best', 'each_difference', 'compare', 'score_frame']
 
 # %% ../../nbs/lab/04_tables.ipynb #8e900002
 import numpy as np, pandas as pd
@@ -20,13 +20,15 @@ from .results import read_runs
 # %% ../../nbs/lab/04_tables.ipynb #8e900006
 _protocol_fields = ('dataset','epochs','bs','lr','schedule','subset','augment','precision')
 _noises = ('none','symmetric','pairflip','asymmetric','instance','human')
+_packages = ('fastai_jocor','fastai','torch','python')
 
 def _row(name, result, history, last):
     machine = result.get('machine', {})
     nets = sum(c.startswith('peer_') for c in history)-1           # without `peer_accuracy`
-    more = dict(name=str(result['name']), nets=nets, seconds=result.get('seconds', np.nan),
-                processor=str(machine.get('processor', '')), run=name, history=history)
-    return dict(rule='schedule') | result['config'] | more | summarise(history, last)
+    made = {o: str(machine.get(o, '')) for o in ('processor','device')}
+    made['versions'] = ', '.join(f'{o} {machine[o]}' for o in _packages if o in machine)
+    more = dict(name=str(result['name']), nets=nets, seconds=result.get('seconds', np.nan), run=name, history=history)
+    return dict(rule='schedule') | result['config'] | more | made | summarise(history, last)
 
 def _protocol(r):
     parts = [r.dataset, f'{r.epochs} epochs', f'batch {r.bs}', f'lr {r.lr:g}', r.schedule]
@@ -192,6 +194,32 @@ def references(
     "The methods to compare with: two and three peers with all terms of the contrast, else the first"
     found = [l for l in ('jocor k=2','jocor k=3') if l in set(df.label)]
     return found or [df.label.iloc[0]]
+
+# %% ../../nbs/lab/04_tables.ipynb #8e900041
+def clear_best(
+    df:pd.DataFrame, # Of `read_results`, one protocol
+    score:str='peer_accuracy' # A column of `df`
+)->dict: # From a noise to the label of its best method; a noise without a clear best is left out
+    "Find the methods that are above each other one, by the 95% intervals of the paired differences"
+    best = {}
+    for noise,rs in df.groupby('noise', sort=False):
+        means = rs.groupby('label')[score].mean().dropna()
+        if len(means) < 2: continue
+        d = paired_differences(rs, means.idxmax(), score)
+        if len(d) == len(means)-1 and (d.high < 0).all(): best[noise] = means.idxmax()
+    return best
+
+def each_difference(
+    df:pd.DataFrame, # Of `read_results`, one protocol
+    reference:str=None # Label of the method to compare with; `None`: each of `references`
+): # Yields a reference and its `paired_differences`, if there are any
+    "Compare with one method or several, each two methods once"
+    done = []
+    for ref in references(df) if reference is None else [reference]:
+        if ref not in set(df.label): continue
+        d = paired_differences(df[~df.label.isin(done)], ref)
+        if len(d): yield ref,d
+        done.append(ref)
 
 # %% ../../nbs/lab/04_tables.ipynb #8e900037
 def compare(
