@@ -199,7 +199,7 @@ class FeatureDL(DataLoader):
     def create_batches(self, samps):
         for idxs in chunked(samps, self.bs, self.drop_last): yield self.dataset[list(idxs)]
 
-# %% ../nbs/13_features.ipynb #3f60b909
+# %% ../nbs/13_features.ipynb #cdc18308
 def _vocab_of(dls):
     vocab = class_names_of(dls)
     if vocab is not None: return vocab
@@ -226,10 +226,12 @@ def feature_dls(
     vocab = _vocab_of(dls)
     folder = learn.path/'features' if folder is None else folder
     body.to(dls.device or default_device())
-    xs = [kept_features(body, dl, folder, body_bs, progress) for dl in dls.loaders if len(dl.dataset)]
+    sets = [dl for dl in dls.loaders if len(dl.dataset)]
+    xs = [kept_features(body, dl, folder, body_bs, progress) for dl in sets]
     bs = bs or (64 if len(xs[0]) < 5000 else 128)
     projection = Projection(xs[0], n_components, seed)
-    new = [_feature_dl(_projected(projection, x), dl, vocab, bs, i == 0) for i,(x,dl) in enumerate(zip(xs, dls.loaders))]
+    new = [_feature_dl(_projected(projection, x), dl, vocab, bs, i == 0) for i,(x,dl) in enumerate(zip(xs, sets))]
+    if len(new) == 1: new.append(new[0].new(new[0].dataset.new_empty(), shuffle=False, drop_last=False))
     return _like(dls, new, projection)
 
 def _feature_dl(x, dl, vocab, bs, train):
