@@ -35,7 +35,7 @@ class JoCorCallback(PeersCallback):
         refresh:int=5, # Epochs from one computation of all losses to the next with `approx`, at least 1
         balance:float=0., # How far a schedule makes up for classes that have fallen behind, in [0, 1]
         rule:str=None, # `evidence` or `schedule`; `None`: evidence, or a schedule where its arguments ask for it
-        hidden:float=None, # Share of items hidden from each peer, in [0, 1/k]; `None`: see `default_hidden`
+        hidden:float=None, # Share of items hidden from each peer, in [0, 1/k]; `None`: 0.1, or 1/k if less
         without:tuple=(), # Names of parts of the evidence that are switched off, for research: `Evidence.parts`
         **kwargs # `models`, `init`, `seed`, `restart`, `select`, `rounding`, `first_epoch`: see `PeersCallback`
     ):

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings('ignore:the peers have not learned')
 
 # --- against a loop
 
-FITS = [(1, 5, 1e-2, {}, {}, 'margin floor'), (3, 8, 2e-2, dict(seed=3), {}, 'margin floor contrast'),
+FITS = [(1, 5, 1e-2, {}, {}, 'margin floor'), (3, 4, 1e-2, dict(seed=3), {}, 'margin floor contrast'),
     (2, 8, 1e-2, dict(forget_rate=.2), dict(tau=.2), 'margin floor'),
     (2, 8, 2e-2, dict(without=('margin',)), dict(by_margin=False), 'floor')]
 
@@ -150,7 +150,7 @@ def few(k=2, **kwargs):
     "A fit on few digits, which are soon memorised"
     x,y = zip(*digits64().dls.train.dataset[:256])
     learn,nets = tensors(x, y, jocor_mlp(10, 64).double(), bs=32, loss_func=nn.CrossEntropyLoss()),mlps64(k)
-    learn.fit(8, 2e-2, cbs=(cb := JoCorCallback(k=k, models=nets, **dict(hidden=.1) | kwargs)))
+    learn.fit(8, 2e-2, cbs=(cb := JoCorCallback(k=k, models=nets, **kwargs)))
     return learn,cb
 
 def test_every_part_counts():
@@ -163,6 +163,15 @@ def test_every_part_counts():
         brakes = part in ('memorising','growth')
         other = weights(few(without=(*unsure,part) if brakes else (part,))[0].model)
         assert not same(other, by_brake if brakes else base), part
+
+@pytest.mark.parametrize('k', [2, 3])
+def test_each_item_is_hidden_from_one_peer(k):
+    _,cb = few(k, hidden=1/k)
+    hidden = cb.evidence.hidden
+    assert hidden[hidden >= 0].bincount().tolist() == [256//k]*k and (hidden < 0).sum() == 256 % k
+
+def test_share_that_is_too_large():
+    with pytest.raises(ValueError, match=r'hidden=0.4 must lie in \[0, 1/3\]'): JoCorCallback(k=3, hidden=.4)
 
 def test_a_part_that_there_is_not():
     with pytest.raises(ValueError, match="without='margins' must be one of 'margin', 'memory'"):
