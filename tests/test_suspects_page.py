@@ -176,7 +176,8 @@ def test_decisions_are_kept_in_the_browser(chrome, tmp_path):
 # reviewed.csv
 
 ODD = ['<b>bold</b>', 'nan', 'None', '__proto__', 'constructor', 'it\'s "quoted"\nin two lines',
-       '</script><script>ran = 1</script>', '=1+1', "'", ' spaces ', 'a → b', '1,5', '\u2028', '<img src=x onerror=ran=1>']
+       '</script><script>ran = 1</script>', '=1+1', "'", ' spaces ', 'a → b', '1,5', '\u2028',
+       '<img src=x onerror=ran=1>']
 
 @needs_browser
 def test_odd_names_stay_text(chrome, tmp_path):
