@@ -176,7 +176,8 @@ def test_decisions_are_kept_in_the_browser(chrome, tmp_path):
 # reviewed.csv
 
 ODD = ['<b>bold</b>', 'nan', 'None', '__proto__', 'constructor', 'it\'s "quoted"\nin two lines',
-       '</script><script>ran = 1</script>', '=1+1', "'", ' spaces ', 'a → b', '1,5', '\u2028', '<img src=x onerror=ran=1>']
+       '</script><script>ran = 1</script>', '=1+1', "'", ' spaces ', 'a → b', '1,5', '\u2028',
+       '<img src=x onerror=ran=1>']
 
 @needs_browser
 def test_odd_names_stay_text(chrome, tmp_path):
@@ -192,6 +193,7 @@ def test_odd_names_stay_text(chrome, tmp_path):
     assert chrome.js('typeof ran') == 'undefined'
     chrome.press('Escape', *('rkd'*5)[:len(ODD)])
     (tmp_path/'r.csv').write_text(chrome.js('csv()'), encoding='utf-8', newline='')
+    assert ",'=1+1," in (tmp_path/'r.csv').read_text(encoding='utf-8') # as text for a spreadsheet
     reviewed = read_table(tmp_path/'r.csv')
     assert list(reviewed) == ['position', *COLUMNS] and reviewed['item'].tolist() == ODD
     assert reviewed.predicted_label.tolist() == s.predicted_label.tolist()

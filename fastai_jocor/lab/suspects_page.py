@@ -7,14 +7,15 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/lab/suspects_page.html.md"""
 # %% auto #0
 __all__ = ['picture_side', 'thumbnail', 'digest', 'review_page']
 
-# %% ../../nbs/lab/04d_suspects_page.ipynb #393fff34
+# %% ../../nbs/lab/04d_suspects_page.ipynb #ea45c219
 import hashlib, html, io, json, pandas as pd
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from PIL import Image, ImageOps
 from ..files import write_text
 from .page import data_url, page, template
 
-# %% ../../nbs/lab/04d_suspects_page.ipynb #cf9e6932
+# %% ../../nbs/lab/04d_suspects_page.ipynb #f221d079
 def picture_side(
     n:int # Number of suspects
 )->int: # Longest side of their pictures, 96 to 320 pixels
@@ -35,6 +36,9 @@ def thumbnail(
             im.save(out, 'JPEG', quality=80)
     except Exception: return ''
     return data_url(out.getvalue(), 'jpeg')
+
+def _thumbnails(files, root, side=96):
+    with ThreadPoolExecutor() as pool: return list(pool.map(lambda f: thumbnail(Path(root)/f, side), files))
 
 # %% ../../nbs/lab/04d_suspects_page.ipynb #326368c9
 _needed = 'item given_label predicted_label score evidence'.split()
@@ -66,7 +70,7 @@ def _rows(suspects, pictures):
     wrong = [_percent(p) for p in s.p_wrong]
     return shown.assign(score=s.score.map('{:.4g}'.format), wrong=wrong, position=s.index)
 
-# %% ../../nbs/lab/04d_suspects_page.ipynb #af89da05
+# %% ../../nbs/lab/04d_suspects_page.ipynb #279a1497
 def _classes(rows, labels, root, n=3):
     "Name, number of items (0 for unknown) and pictures of examples of each class"
     names = {*rows.given_label, *rows.predicted_label}
@@ -77,7 +81,7 @@ def _classes(rows, labels, root, n=3):
     good = labels[~labels.file.isin(rows['item'])].sample(frac=1, random_state=0)
     if 'p_wrong' in good: good = good.sort_values('p_wrong', kind='stable')
     files,sizes = good.groupby('label').file.apply(lambda o: list(o[:n])),labels.label.value_counts()
-    pictures = lambda o: [p for f in files.get(o, []) if (p := thumbnail(Path(root)/f))]
+    pictures = lambda o: [p for p in _thumbnails(files.get(o, []), root) if p]
     return [(o, int(sizes.get(o, 0)), pictures(o)) for o in sorted(names | set(labels.label))]
 
 # %% ../../nbs/lab/04d_suspects_page.ipynb #87a43c1b
@@ -102,7 +106,7 @@ def _summary(summary):
     return dict(facts=facts, expected=_expected(**counts), warning=str(warning),
                 next_command=str(summary.get('next_command') or 'jocor_audit SOURCE --apply reviewed.csv'))
 
-# %% ../../nbs/lab/04d_suspects_page.ipynb #16bf25f7
+# %% ../../nbs/lab/04d_suspects_page.ipynb #399235b5
 _parts = 'state', 'csv', 'list', 'overview', 'dialogs', 'keys'
 
 def digest(
@@ -126,7 +130,7 @@ def review_page(
     if pictures is not None and len(pictures) != n:
         raise ValueError(f'pictures has {len(pictures)} entries for {n} suspects: give one for each, or None')
     rows = _rows(suspects, [''] * n if pictures is None else pictures)
-    if pictures is None: rows['picture'] = [thumbnail(Path(root)/o, picture_side(n)) for o in rows['item']]
+    if pictures is None: rows['picture'] = _thumbnails(rows['item'], root, picture_side(n))
     key = 'review-' + digest(rows[['position', 'item', 'given_label']].values.tolist())
     data = dict(rows=rows.to_dict('records'), classes=_classes(rows, labels, root), bad=[str(o) for o in bad],
                 note=note, summary=_summary(summary), key=key)
