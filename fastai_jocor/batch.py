@@ -154,14 +154,15 @@ def is_validating(
 def _instead(pred, y):
     "What to do about targets that are not class indices"
     c = pred.shape[1]
-    if c == 1: return ("a model with one output tells no classes: give it two outputs, and two classes as the integers 0 "
-                       "and 1 with CrossEntropyLossFlat")
+    if c == 1: return ("a model with one output tells no classes: give it two outputs, and two classes as the "
+                       "integers 0 and 1 with CrossEntropyLossFlat")
     if y.ndim == 1 and y.is_floating_point(): return "where the numbers are classes, y.long()"
-    if y.ndim == 2 and y.shape[1] == c: return ("one-hot labels as indices are y.argmax(1); for several labels an item, "
-                                                "floats of shape (N, C) with BCEWithLogitsLossFlat")
+    if y.ndim == 2 and y.shape[1] == c:
+        return ("one-hot labels as indices are y.argmax(1); for several labels an item, floats of shape (N, C) with "
+                "BCEWithLogitsLossFlat")
     if y.ndim == 1 and (missing := int((y == -1).sum())):
-        return (f"{missing} of the {len(y)} labels of a batch are -1, which often stands for a missing label: leave such "
-                "items out of the data set, or code them as -100, which cross-entropy ignores")
+        return (f"{missing} of the {len(y)} labels of a batch are -1, which often stands for a missing label: leave "
+                "such items out of the data set, or code them as -100, which cross-entropy ignores")
     return f"the model gives {c} classes"
 
 def check_classes(
@@ -178,6 +179,7 @@ def check_classes(
         raise ValueError(f"targets from {int(y.min())} to {int(y.max())} must lie in [0, "
                          f"{pred.shape[1]}): {_instead(pred, y)}")
 
+# %% ../nbs/04_batch.ipynb #5275200a
 def check_batch(
     s:Selection, # Takes up what is found
     loss_func, # The learner's loss

@@ -85,6 +85,7 @@ class Peers(nn.Module):
         if state_dict and len(found) != self.k: raise RuntimeError(_weights_msg(self.k, len(found)))
         return super().load_state_dict(state_dict, *args, **kwargs)
 
+# %% ../nbs/03_peers.ipynb #268d6993
 def _is_right(logits, targ): return (logits.argmax(-1) == targ).float()
 
 def _guard_msg(k):
@@ -92,8 +93,8 @@ def _guard_msg(k):
             f"train it with cbs=JoCorCallback(k={k}), or take out one network with learn.to_single(i)")
 
 def _layer_msg(k, i):
-    return (f"this model holds k={k} peers, each with layers of its own: learn.model.peer(0)[{i!r}] is that of the first, "
-            "to hook or to look at; learn.to_single(0) makes the first peer the learner's model, which is what "
+    return (f"this model holds k={k} peers, each with layers of its own: learn.model.peer(0)[{i!r}] is that of the "
+            "first, to hook or to look at; learn.to_single(0) makes the first peer the learner's model, which is what "
             "save_encoder and load_encoder need")
 
 def _weights_msg(k, n):

@@ -83,14 +83,14 @@ def what_is_lost(
     labels = getattr(dl.dataset, 'tls', None)
     if labels and (owner.source.vocab or [''])[0] == '#na#' and s.no_label != 0 and not s.multi_label:
         n = sum(int(o) == 0 for o in labels[-1])
-        if n: yield (f"{n} of the {len(dl.dataset)} training items have the label '#na#', which stands for a missing one, "
-                     "and it is trained as a class: leave them out of the data set, or pass "
+        if n: yield (f"{n} of the {len(dl.dataset)} training items have the label '#na#', which stands for a missing "
+                     "one, and it is trained as a class: leave them out of the data set, or pass "
                      "loss_func=CrossEntropyLossFlat(ignore_index=0)")
     own = s.per_sample is not None and not s.multi_label and cross_entropy_of(learn.loss_func) is None
     if own and _tells_logits(s, next(learn.model.parameters())):
-        yield (f"loss_func={learn.loss_func!r} gives other values for the log-softmax of logits than for the logits, and "
-               "peers answer with the logarithm of their mean probability: valid_loss is not that of a single model; "
-               "compare by a metric")
+        yield (f"loss_func={learn.loss_func!r} gives other values for the log-softmax of logits than for the logits, "
+               "and peers answer with the logarithm of their mean probability: valid_loss is not that of a single "
+               "model; compare by a metric")
 
 # %% ../nbs/07b_start.ipynb #42886703
 def look_at_data(

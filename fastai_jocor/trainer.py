@@ -29,7 +29,8 @@ def check_tau(
     "A `ValueError` if it is neither `None`, nor `auto`, nor a number in [0, 1)"
     if forget_rate is None or forget_rate == 'auto': return
     if not isinstance(forget_rate, str): return check_forget_rate(forget_rate)
-    raise ValueError(f"forget_rate={forget_rate!r} must be 'auto', None or a number in [0, 1): the share of wrong labels")
+    raise ValueError(f"forget_rate={forget_rate!r} must be 'auto', None or a number in [0, 1): the share of wrong "
+                     "labels")
 
 def refuse_unknown(
     cls, # A class of callbacks

@@ -1,6 +1,7 @@
-"""What fastai exports that takes part in a fit, beside the callback: plain training's weights bit for bit, or a refusal.
+"""What fastai exports that takes part in a fit, beside the callback: plain training's weights, or a refusal.
 
-Each table names all that fastai has of a kind. `as_plain` makes `JoCorCallback` plain training of one network."""
+Each table names all that fastai has of a kind. Weights are equal bit for bit, where `JoCorCallback` is set to train
+one network plainly (`as_plain`)."""
 import contextlib, inspect, io, warnings, numpy as np, pandas as pd, pytest, torch
 import fastai.callback.all, fastai.losses, fastai.optimizer, fastai.tabular.all, fastai.text.all, fastai.vision.all
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ LOSSES = dict(BaseLoss=base, CrossEntropyLossFlat=Case(CrossEntropyLossFlat), Fo
     LabelSmoothingCrossEntropy=Case(LabelSmoothingCrossEntropy), DiceLoss=Case(DiceLoss, refused=one_number),
     LabelSmoothingCrossEntropyFlat=Case(LabelSmoothingCrossEntropyFlat))
 
-ARGUMENTS = dict(weight=dict(weight=WEIGHT), ignore_index=dict(ignore_index=1), label_smoothing=dict(label_smoothing=.1))
+ARGUMENTS = dict(weight=dict(weight=WEIGHT), ignore_index=dict(ignore_index=1), smooth=dict(label_smoothing=.1))
 
 @pytest.mark.parametrize('name', ARGUMENTS)
 def test_arguments_of_cross_entropy(name):
