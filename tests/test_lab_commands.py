@@ -136,7 +136,7 @@ def test_a_grid_names_the_modules_that_it_needs(tmp_path):
     (tmp_path/'grid.yaml').write_text(f'plugins: parts_of_my_own\nepochs: 1\n{runs}')
     p = script('jocor_bench', tmp_path/'grid.yaml', '--out', tmp_path/'r', '--n-jobs', 2, silent=False)
     assert p.returncode == 0 and '2/2 runs, 100%' in p.stdout, p.stderr
-    assert 'Warning' not in p.stderr
+    assert 'FutureWarning' not in p.stderr
 
 def test_modules_that_there_are_not(tmp_path):
     (tmp_path/'grid.yaml').write_text('plugins: [parts_of_nobody]')

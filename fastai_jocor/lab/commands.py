@@ -8,13 +8,12 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/lab/commands.html.md"""
 __all__ = ['jocor_train', 'jocor_bench', 'jocor_report', 'jocor_demo', 'jocor_audit']
 
 # %% ../../nbs/lab/06_commands.ipynb #1ab60002
-import sys, time, pandas as pd, torch
+import fastai_jocor, sys, time, pandas as pd, torch
 import matplotlib.pyplot as plt
 from pathlib import Path
 from typing import Annotated
 from fastcore.meta import delegates
 from fastcore.script import call_parse
-from .. import __version__
 from ..files import write_text
 from .config import RunConfig
 from .spec import read_grid
@@ -28,7 +27,7 @@ from .report import last_epochs, report_blocks, write_report
 from .review import audit, write_cleaned
 
 # %% ../../nbs/lab/06_commands.ipynb #16bc4404
-_Version = Annotated[bool, dict(action='version', version=f'fastai_jocor {__version__}')]
+_Version = Annotated[bool, dict(action='version', version=f'fastai_jocor {fastai_jocor.__version__}')]
 
 def _run_fields(
     dataset:str=None, # digits (the default), mnist, cifar10 or cifar100
