@@ -144,13 +144,7 @@ class Selection:
         self.owed = min(owed-count, n)
         return count
 
-# %% ../nbs/04_batch.ipynb #88191659
-def is_validating(
-    learn:Learner # In a fit, or not
-)->bool: # True in `validate` and `get_preds`
-    "Whether the learner is in `validate`, `get_preds` or the like rather than in `fit`"
-    return hasattr(learn, 'gather_preds') or learn.lock.locked()
-
+# %% ../nbs/04_batch.ipynb #31438a6e
 def _instead(pred, y):
     "What to do about targets that are not class indices"
     c = pred.shape[1]
@@ -164,6 +158,13 @@ def _instead(pred, y):
         return (f"{missing} of the {len(y)} labels of a batch are -1, which often stands for a missing label: leave "
                 "such items out of the data set, or code them as -100, which cross-entropy ignores")
     return f"the model gives {c} classes"
+
+# %% ../nbs/04_batch.ipynb #88191659
+def is_validating(
+    learn:Learner # In a fit, or not
+)->bool: # True in `validate` and `get_preds`
+    "Whether the learner is in `validate`, `get_preds` or the like rather than in `fit`"
+    return hasattr(learn, 'gather_preds') or learn.lock.locked()
 
 def check_classes(
     pred:Tensor, # Logits of one model, shape (N, C)
@@ -179,7 +180,6 @@ def check_classes(
         raise ValueError(f"targets from {int(y.min())} to {int(y.max())} must lie in [0, "
                          f"{pred.shape[1]}): {_instead(pred, y)}")
 
-# %% ../nbs/04_batch.ipynb #5275200a
 def check_batch(
     s:Selection, # Takes up what is found
     loss_func, # The learner's loss

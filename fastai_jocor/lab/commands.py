@@ -8,13 +8,14 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/lab/commands.html.md"""
 __all__ = ['jocor_train', 'jocor_bench', 'jocor_report', 'jocor_demo', 'jocor_audit']
 
 # %% ../../nbs/lab/06_commands.ipynb #1ab60002
-import fastai_jocor, sys, time, pandas as pd, torch
+import sys, time, pandas as pd, torch
 import matplotlib.pyplot as plt
 from pathlib import Path
-from typing import Annotated
 from fastcore.meta import delegates
 from fastcore.script import call_parse
-from ..files import write_text
+import fastai_jocor
+from typing import Annotated
+from ..files import how_to_read, write_text
 from .config import RunConfig
 from .spec import read_grid
 from .run import run
@@ -183,3 +184,5 @@ def jocor_audit(
         if apply: write_cleaned(source, apply, file_col, label_col, out)
         else: audit(source, file_col=file_col, label_col=label_col, out=out, resume=not no_resume, **kwargs)
     except (ValueError, OSError) as e: sys.exit(f'jocor_audit: {e}')
+    if not apply and (how := how_to_read(Path(out)/'suspects.csv')):
+        print(f'pandas takes some of the names for missing values; read them by {how}')

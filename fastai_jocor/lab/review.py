@@ -12,7 +12,7 @@ import hashlib, io, json, numpy as np, pandas as pd
 from fastai.vision.all import *
 from ..losses import check_number
 from ..peers import check_k, check_seed
-from ..files import how_to_read, read_table, write_table, write_text
+from ..files import read_table, write_table, write_text
 from ..resume import Checkpoint
 from ..callback import JoCorCallback
 from ..audit import rank_suspects
@@ -184,7 +184,6 @@ def audit(
     write_table(s, out/'suspects.csv')
     review_page(s, out/'suspects.html', root, bad, note)
     print(f"{note}\n{len(s)} suspects: {out/'suspects.csv'}, {out/'suspects.html'}")
-    if how := how_to_read(out/'suspects.csv'): print(f'pandas takes some names for missing values; read them by {how}')
     return s
 
 # %% ../../nbs/lab/05_review.ipynb #5e71e051
