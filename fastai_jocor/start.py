@@ -19,10 +19,10 @@ from .ledger import Ledger
 from .peers import Peers
 from .learner import *
 from .processes import distributed_world, from_rank0, loaders_talk_over_the_cpu
-from .per_sample import cross_entropy_of, ignored_label
-from .batch import Selection, try_batch
+from .batch import same_random_states, Selection, try_batch
 from .step import Part
 from .state import class_names_of, FitState, ItemSource
+from .per_sample import cross_entropy_of, ignored_label
 
 # %% ../nbs/07b_start.ipynb #6004f190
 def refuse_others(
@@ -98,7 +98,7 @@ def what_is_lost(
     if s.world == 1: yield from _left_out(dl)
     labels = getattr(dl.dataset, 'tls', None)
     if labels and (owner.source.vocab or [''])[0] == '#na#' and s.no_label != 0 and not s.multi_label:
-        n = sum(int(o) == 0 for o in labels[-1])
+        with same_random_states(dl): n = sum(int(o) == 0 for o in labels[-1])
         if n: yield (f"{n} of the {len(dl.dataset)} training items have the label '#na#', which stands for a missing "
                      "one, and it is trained as a class: leave them out of the data set, or pass "
                      "loss_func=CrossEntropyLossFlat(ignore_index=0)")
