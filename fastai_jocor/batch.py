@@ -144,6 +144,21 @@ class Selection:
         self.owed = min(owed-count, n)
         return count
 
+# %% ../nbs/04_batch.ipynb #31438a6e
+def _instead(pred, y):
+    "What to do about targets that are not class indices"
+    c = pred.shape[1]
+    if c == 1: return ("a model with one output tells no classes: give it two outputs, and two classes as the "
+                       "integers 0 and 1 with CrossEntropyLossFlat")
+    if y.ndim == 1 and y.is_floating_point(): return "where the numbers are classes, y.long()"
+    if y.ndim == 2 and y.shape[1] == c:
+        return ("one-hot labels as indices are y.argmax(1); for several labels an item, floats of shape (N, C) with "
+                "BCEWithLogitsLossFlat")
+    if y.ndim == 1 and (missing := int((y == -1).sum())):
+        return (f"{missing} of the {len(y)} labels of a batch are -1, which often stands for a missing label: leave "
+                "such items out of the data set, or code them as -100, which cross-entropy ignores")
+    return f"the model gives {c} classes"
+
 # %% ../nbs/04_batch.ipynb #88191659
 def is_validating(
     learn:Learner # In a fit, or not
@@ -159,12 +174,11 @@ def check_classes(
     "A `ValueError` if targets are not class indices in [0, C)"
     if y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool:
         raise ValueError(f"targets of shape {tuple(y.shape)} and type {y.dtype} must be class "
-                         "indices: one integer per item; for several labels an item, floats of "
-                         "shape (N, C) with BCEWithLogitsLossFlat")
+                         f"indices: one integer per item; {_instead(pred, y)}")
     if no_label is not None: y = y[y != no_label]
     if len(y) and (y.min() < 0 or y.max() >= pred.shape[1]):
         raise ValueError(f"targets from {int(y.min())} to {int(y.max())} must lie in [0, "
-                         f"{pred.shape[1]}): the model gives {pred.shape[1]} classes")
+                         f"{pred.shape[1]}): {_instead(pred, y)}")
 
 def check_batch(
     s:Selection, # Takes up what is found

@@ -133,6 +133,9 @@ class _DrawLabels(DisplayedTransform):
             raise ValueError(f"y_names={list(to.y_names)} must name one column of labels to corrupt")
         name,n = to.y_names[0],to.split
         given = to.items[name].to_numpy(dtype=np.int64)
+        if missing := int((given < 0).sum()):
+            raise ValueError(f"{missing} of the {len(given)} labels in column {name!r} are missing: leave these "
+                             f"rows out, as by df.dropna(subset=[{name!r}])")
         keys = [_index_key(o) for o in to.items.index[:n]]
         _check_index(keys)
         record = self._record(given[:n], to.procs.vocab, keys, to.items[list(to.x_names)].iloc)

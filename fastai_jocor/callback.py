@@ -22,6 +22,7 @@ from .trainer import PeersCallback
 from .weigh import Weigh
 
 # %% ../nbs/08_callback.ipynb #bbf1fb56
+@delegates()
 class JoCorCallback(PeersCallback):
     "Train k peers by one joint loss, on the items whose labels look right (JoCoR, Wei et al. 2020)"
     def __init__(self,
@@ -82,6 +83,7 @@ class JoCorCallback(PeersCallback):
 
 # %% ../nbs/08_callback.ipynb #bbf1fb57
 @patch(cls_method=True)
+@delegates(JoCorCallback, but='rule,rounding,first_epoch')
 def paper(cls:JoCorCallback,
     k:int=2, # Number of peers
     co_lambda:float=.9, # Weight λ of the contrast, in [0, 1]
@@ -158,6 +160,13 @@ def rate_of(self:JoCorCallback,
     "The share that is dropped at least"
     if not self.by_evidence: return FitState.rate_of(self, epoch)
     return 0. if self.evidence is None or self.weigh.frozen else self.evidence.R
+
+@patch
+def told(self:JoCorCallback)->list: # Of texts
+    "What `repr` tells: settings, and what is known so far"
+    waits = self.co_lambda is None and self.by_evidence and self.evidence is None
+    k,*rest = PeersCallback.told(self)
+    return [k, 'λ by evidence' if waits else f'λ={self.lam:.2g}', *rest]
 
 # %% ../nbs/08_callback.ipynb #4247a83d
 @patch

@@ -14,6 +14,7 @@ from .transition import check_transition
 from .trainer import PeersCallback
 
 # %% ../nbs/09_methods.ipynb #5c51214b
+@delegates()
 class CoTeachingCallback(PeersCallback):
     "Train k peers, each on the small-loss items of the next one (Co-teaching, Han et al. 2018)"
     several_labels = False

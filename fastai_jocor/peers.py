@@ -77,11 +77,32 @@ class Peers(nn.Module):
         "Number of peers"
         return len(self.peers)
 
+    def __getitem__(self, i): raise TypeError(_layer_msg(self.k, i))
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        "As torch's, with an error of its own for weights of a single model and of another number of peers"
+        found = {key.split('.')[1] for key in state_dict if key.startswith('peers.')}
+        if state_dict and len(found) != self.k: raise RuntimeError(_weights_msg(self.k, len(found)))
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+# %% ../nbs/03_peers.ipynb #268d6993
 def _is_right(logits, targ): return (logits.argmax(-1) == targ).float()
 
 def _guard_msg(k):
     return (f"this model holds k={k} peers, and no ordinary loss fits their stacked logits: "
             f"train it with cbs=JoCorCallback(k={k}), or take out one network with learn.to_single(i)")
+
+def _layer_msg(k, i):
+    return (f"this model holds k={k} peers, each with layers of its own: learn.model.peer(0)[{i!r}] is that of the "
+            "first, to hook or to look at; learn.to_single(0) makes the first peer the learner's model, which is what "
+            "save_encoder and load_encoder need")
+
+def _weights_msg(k, n):
+    if n: return (f"these are weights of k={n} peers, and this model holds k={k}: load them into a learner of as many, "
+                  f"which learn.to_peers({n}) makes from one that was not trained yet")
+    return (f"these are weights of a single model, and this model holds k={k} peers: load them into the learner before "
+            "its first fit with the callback, which makes the peers; into one of the peers with "
+            "learn.model.peer(0).load_state_dict; or after learn.to_single(0)")
 
 # %% ../nbs/03_peers.ipynb #c3d214e8
 @patch

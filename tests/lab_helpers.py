@@ -7,10 +7,10 @@ from fastai_jocor.lab.run import PaperSchedule
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT/'benchmarks'/'results'
 
-def script(name, *args):
+def script(name, *args, silent=True):
     "Run a command line of the project"
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
-           'PYTHONWARNINGS': 'ignore', 'MPLBACKEND': 'agg'}
+           'PYTHONWARNINGS': 'ignore' if silent else '', 'MPLBACKEND': 'agg'}
     command = [Path(sys.executable).parent/name, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=env)
 

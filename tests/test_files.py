@@ -1,7 +1,7 @@
 "Files that are whole or absent, cells that are safe in a spreadsheet, ledgers in files."
 import os, sys, tempfile, numpy as np, pandas as pd, pytest
 from hypothesis import given, strategies as st
-from fastai_jocor.files import (load_ledger, plain_cell, read_table, safe_cell, save_ledger, write_aside,
+from fastai_jocor.files import (how_to_read, load_ledger, plain_cell, read_table, safe_cell, save_ledger, write_aside,
                                 write_table, write_text)
 
 def test_an_old_file_survives_until_the_new_one_is_whole(tmp_path):
@@ -34,6 +34,16 @@ def test_tables_come_back(names):
         assert open(f'{tmp}/t.csv').readline() == "'=name,n\n"
         t = read_table(f'{tmp}/t.csv')
     assert t['=name'].tolist() == names and t.n.tolist() == ['1.5']*len(names)
+
+@pytest.mark.parametrize('name', ('NA','nan','None','null'))
+def test_names_that_pandas_takes_for_missing_values(name, tmp_path):
+    file = tmp_path/'suspects.csv'
+    write_table(pd.DataFrame(dict(label=[name,'cat'], score=[.5,np.nan])), file)
+    assert pd.read_csv(file).label.isna().tolist() == [True,False] and read_table(file).label.tolist() == [name,'cat']
+    again = eval(how_to_read(file), dict(pd=pd))
+    assert again.label.tolist() == [name,'cat']
+    write_table(pd.DataFrame(dict(label=['dog','cat'], score=[.5,np.nan])), file)
+    assert how_to_read(file) == ''
 
 @pytest.fixture
 def ledger():

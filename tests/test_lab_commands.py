@@ -1,5 +1,8 @@
 "The command lines of the lab."
 import importlib.util, json, numpy as np, pandas as pd, pytest, torch
+from fastcore.script import anno_parser
+from fastai_jocor import __version__
+from fastai_jocor.lab import commands
 from fastai_jocor.lab.commands import jocor_bench, jocor_train
 from fastai_jocor.lab.config import RunConfig
 from fastai_jocor.lab.results import run_dir
@@ -107,3 +110,38 @@ def test_bench_command(tmp_path):
     assert sorted(o.name for o in (tmp_path/'r').iterdir()) == ['histories.csv.gz','results.jsonl']
     p = script('jocor_bench', *grid, '--dry-run')
     assert [l.split()[0] for l in p.stdout.splitlines()] == ['done']*3 + ['open']*6
+
+@pytest.mark.parametrize('name', ('jocor_train','jocor_bench','jocor_report','jocor_demo','jocor_audit'))
+def test_every_command_tells_its_version(name, capsys):
+    with pytest.raises(SystemExit) as e: anno_parser(getattr(commands, name), pos=['grid']).parse_args(['--version'])
+    assert e.value.code == 0 and capsys.readouterr().out == f'fastai_jocor {__version__}\n'
+
+OWN_PARTS = """
+from fastai_jocor.callback import JoCorCallback
+from fastai_jocor.losses import contrasts
+from fastai_jocor.lab.config import Method, methods
+
+class Timid(JoCorCallback):
+    def __init__(self, shy=.5, **kwargs):
+        super().__init__(**kwargs)
+        self.shy = shy
+
+methods['timid'] = Method(Timid)
+contrasts['apart'] = lambda lp: (lp.exp()*(lp-lp.mean(0))).sum((0,-1))
+"""
+
+def test_a_grid_names_the_modules_that_it_needs(tmp_path):
+    (tmp_path/'parts_of_my_own.py').write_text(OWN_PARTS)
+    runs = 'runs:\n  - {method: timid, options: {shy: 0.25}}\n  - {contrast: apart, co_lambda: 0.5}\n'
+    (tmp_path/'grid.yaml').write_text(f'plugins: parts_of_my_own\nepochs: 1\n{runs}')
+    p = script('jocor_bench', tmp_path/'grid.yaml', '--out', tmp_path/'r', '--n-jobs', 2, silent=False)
+    assert p.returncode == 0 and '2/2 runs, 100%' in p.stdout, p.stderr
+    assert 'FutureWarning' not in p.stderr
+
+def test_modules_that_there_are_not(tmp_path):
+    (tmp_path/'grid.yaml').write_text('plugins: [parts_of_nobody]')
+    for kw,msg in ((dict(grid=str(tmp_path/'grid.yaml')), f"no parts_of_nobody.py in {tmp_path.resolve()}"),
+                   (dict(plugins='parts_of_nobody'), "plugins='parts_of_nobody': there is no"),
+                   (dict(plugins='../parts'), "plugins='../parts' must be the name of a module")):
+        with pytest.raises(SystemExit) as e: jocor_bench(**kw, out=str(tmp_path/'out'))
+        assert msg in str(e.value) and not (tmp_path/'out').exists()

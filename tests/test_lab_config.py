@@ -1,6 +1,7 @@
 "Configurations of runs, methods, and grids in YAML."
 import pytest
 from fastai_jocor.callback import JoCorCallback
+from fastai_jocor.methods import CoTeachingCallback
 from fastai_jocor.lab.config import Method, RunConfig, methods
 from fastai_jocor.lab.grid import check_grid
 from fastai_jocor.lab.results import finished, run_dir
@@ -54,6 +55,16 @@ def test_a_method_in_one_line(monkeypatch):
     assert run_dir('', cfg).name == 'digits-symmetric0.5-timid_k3_exponent2.0_shy0.25-epochs3-seed0'
     with pytest.raises(ValueError, match="do not fit method='timid'.*'shi'"):
         RunConfig(method='timid', options=dict(shi=1))
+
+def test_an_error_names_nothing_that_was_not_set(monkeypatch):
+    with pytest.raises(ValueError, match="^augment='crop_flip' is for") as e: RunConfig(augment='crop_flip')
+    assert 'subset' not in str(e.value)
+    with pytest.raises(ValueError, match='^subset=0.5 is for') as e: RunConfig(subset=.5)
+    assert 'augment' not in str(e.value)
+    monkeypatch.setitem(methods, 'mine', Method(CoTeachingCallback))
+    says = r"method='mine' is registered .* takes 'co_lambda'.*fields=\('k', 'forget_rate', 'contrast', 'num_gradual'\)"
+    with pytest.raises(ValueError, match=says) as e: RunConfig(method='mine')
+    assert 'options' not in str(e.value)
 
 def test_fields_that_a_method_does_not_take_play_no_part(monkeypatch):
     monkeypatch.setitem(methods, 'narrow', Method(Timid, ('k','forget_rate')))

@@ -3,6 +3,7 @@ import importlib, io, json, os, subprocess, sys, time, weakref, numpy as np, pan
 from pathlib import Path
 from types import SimpleNamespace
 from fastai_jocor.callback import JoCorCallback
+from fastai_jocor.losses import contrasts
 from fastai_jocor.lab import grid as grid_room, run as run_room
 from fastai_jocor.lab.config import Method, RunConfig, methods
 from fastai_jocor.lab.grid import GridProgress, check_grid, holder, run_grid
@@ -124,6 +125,12 @@ def test_a_method_of_ones_own_goes_to_the_workers(tmp_path, monkeypatch):
     for cfg in cfgs:
         h = read_runs(tmp_path)[run_dir(tmp_path, cfg).name][1]
         assert h.kept.iloc[-1] == pytest.approx(1-.5*cfg.options['shy'], abs=.01) and 'peer_2' in h
+
+def test_a_contrast_of_ones_own_goes_to_the_workers(tmp_path, monkeypatch):
+    monkeypatch.setitem(contrasts, 'none', lambda lp: 0*lp.sum((0,-1)))
+    cfgs = [RunConfig(epochs=2, co_lambda=.5, contrast=o) for o in ('none','kl')]
+    a,b =run_grid(cfgs, tmp_path, n_jobs=2).peer_accuracy
+    assert a != b
 
 def test_two_runs_never_share_a_folder(tmp_path):
     files = [tmp_path/n/'labels.pt' for n in 'ab']

@@ -14,7 +14,9 @@ from datetime import date
 from pathlib import Path
 from fastcore.meta import delegates
 from fastcore.script import call_parse
-from ..files import write_text
+import fastai_jocor
+from typing import Annotated
+from ..files import how_to_read, write_text
 from .config import RunConfig
 from .spec import read_grid
 from .run import run
@@ -26,6 +28,8 @@ from .report import last_epochs, report_blocks, write_report
 from .review import audit, write_cleaned
 
 # %% ../../nbs/lab/06_commands.ipynb #16bc4404
+_Version = Annotated[bool, dict(action='version', version=f'fastai_jocor {fastai_jocor.__version__}')]
+
 def _run_fields(
     dataset:str=None, # digits (the default), mnist, cifar10 or cifar100
     noise:str=None, # none, symmetric:RATE, pairflip:RATE, asymmetric:RATE[:MAP], instance:RATE or human:WHICH:FILE
@@ -43,7 +47,9 @@ def _run_fields(
     subset:str=None, # Share in (0, 1), or number, of training items to take, stratified
     augment:str=None, # none (the default) or crop_flip
     precision:str=None, # float32 (the default), or bfloat16 by autocast
-    options:str=None # Further arguments of the method, such as '{init: head}'
+    options:str=None, # Further arguments of the method, such as '{init: head}'
+    plugins:str=None, # Modules that add methods and contrasts, such as my_methods for my_methods.py
+    version:_Version=False # Say which version this is, and exit
 ): "Fields of a run as text"
 
 def _configs(grid, fields): return read_grid(grid, **{n: v for n,v in fields.items() if v is not None})
@@ -115,7 +121,8 @@ def jocor_report(
     folder:str, # Folder of results, of jocor_bench
     out:str=None, # Output folder; default: report in the folder of results
     reference:str=None, # Method to compare with, by its name in the tables; default: jocor k=2 and jocor k=3
-    last:int=10 # Epochs to average over
+    last:int=10, # Epochs to average over
+    version:_Version=False # Say which version this is, and exit
 ):
     "Report the results of a grid: report.md, report.html, runs.csv, scores.csv, differences.csv and pictures"
     try:
@@ -145,7 +152,8 @@ def jocor_demo(
     out:str='runs/demo', # Output folder
     epochs:int=60, # Number of epochs
     seeds:int=3, # Runs per method, at least 1
-    n_jobs:int=-1 # Runs side by side; -1 for one a core
+    n_jobs:int=-1, # Runs side by side; -1 for one a core
+    version:_Version=False # Say which version this is, and exit
 ):
     "Train on digits with half of the labels wrong: one network plainly, two peers and three peers, and compare"
     if seeds < 1: sys.exit(f'jocor_demo: seeds={seeds} must be at least 1')
@@ -172,6 +180,7 @@ def jocor_audit(
     file_col:str='file', # Column of the CSV with the files
     label_col:str='label', # Column of the CSV with the labels
     out:str='audit', # Output folder
+    version:_Version=False, # Say which version this is, and exit
     **kwargs
 ):
     "Find wrong labels of images: write suspects.csv and suspects.html; with --apply, a clean list of labels"
@@ -179,3 +188,5 @@ def jocor_audit(
         if apply: write_cleaned(source, apply, file_col, label_col, out)
         else: audit(source, file_col=file_col, label_col=label_col, out=out, resume=not no_resume, **kwargs)
     except (ValueError, OSError) as e: sys.exit(f'jocor_audit: {e}')
+    if not apply and (how := how_to_read(Path(out)/'suspects.csv')):
+        print(f'pandas takes some of the names for missing values; read them by {how}')

@@ -8,10 +8,10 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/lab/config.html.md"""
 __all__ = ['methods', 'nearest', 'Method', 'RunConfig']
 
 # %% ../../nbs/lab/02_config.ipynb #1ab10002
-import difflib, numpy as np
+import re, numpy as np
 from dataclasses import dataclass, field, replace
 from fastcore.basics import patch
-from ..losses import default_co_lambda
+from ..losses import closest, default_co_lambda
 from ..noise import Asymmetric
 from ..blocks import make_noise
 from .datasets import augmentation
@@ -25,8 +25,8 @@ def nearest(
     known # What may stand there
 )->str: # A message that names the nearest of what is known
     "Say what is unknown, and what might have been meant"
-    near = difflib.get_close_matches(str(name), known, 1, .4)
-    hint = f'did you mean {near[0]!r}? Known: ' if near else 'choose one of '
+    near = closest(name, known)
+    hint = f'did you mean {near!r}? Known: ' if near else 'choose one of '
     return f"{what} is unknown: {hint}{', '.join(known)}"
 
 _peer_fields = ('k','co_lambda','forget_rate','contrast','num_gradual')
@@ -104,8 +104,7 @@ class RunConfig:
         if self.schedule != 'paper': options.pop('first_epoch', None)
         options = options | {k: v for k,v in self.options.items() if k not in m.loss_options}
         try: return m.callback(**args, **options)
-        except TypeError as e:
-            raise ValueError(f"options={self.options!r} do not fit method={self.method!r}: {e}") from None
+        except TypeError as e: raise ValueError(_misfit(self, {**m.paper, **args}, e)) from e
 
     def loss(self, dls):
         "The loss of the method, or `None` for the learner's own"
@@ -114,6 +113,15 @@ class RunConfig:
         return m.loss(dls, **{k: v for k,v in self.options.items() if k in m.loss_options})
 
 # %% ../../nbs/lab/02_config.ipynb #1ab10010
+def _misfit(cfg, given, e):
+    "What to say about arguments that the callback of a method does not take; the run itself gives some"
+    name = re.search(r"argument '(\w+)'", str(e))
+    if name is None or name[1] in cfg.options or name[1] not in given:
+        return f"options={cfg.options!r} do not fit method={cfg.method!r}: {e}"
+    takes = [o for o in methods[cfg.method].fields if o != name[1]]
+    return (f"method={cfg.method!r} is registered as one whose callback takes {name[1]!r}, and it does not: name the "
+            f"fields that it takes, as in Method(callback, fields={tuple(takes)}), and in paper= its other arguments")
+
 def _check(cfg):
     "Raise a `ValueError` for what cannot be run"
     known = dict(dataset=('digits','mnist','cifar10','cifar100'), method=list(methods), schedule=('paper','one_cycle'),
@@ -124,8 +132,9 @@ def _check(cfg):
     for name in ('epochs','bs'):
         if getattr(cfg, name) < 1: raise ValueError(f"{name}={getattr(cfg, name)!r} must be at least 1")
     if not cfg.lr > 0: raise ValueError(f"lr={cfg.lr!r} must be greater than 0")
-    if cfg.dataset == 'digits' and (cfg.subset is not None or cfg.augment != 'none'):
-        raise ValueError(f"subset={cfg.subset!r} and augment={cfg.augment!r} are for mnist and cifar: digits are small")
+    for name in ('subset','augment') if cfg.dataset == 'digits' else ():
+        v = getattr(cfg, name)
+        if v not in (None,'none'): raise ValueError(f"{name}={v!r} is for mnist and cifar: digits are small")
     augmentation(cfg.augment)
     cfg.noise_model()
     if cfg.method == 'forward' and cfg.noise == 'none':

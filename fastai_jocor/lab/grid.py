@@ -14,6 +14,7 @@ from pathlib import Path
 from fastprogress.fastprogress import format_time
 from filelock import SoftFileLock, Timeout
 from joblib import Parallel, delayed, parallel_config
+from ..losses import contrasts
 from .datasets import cifar10_dls, cifar100_dls, mnist_dls, _find_cifar
 from .config import RunConfig, methods, nearest
 from .run import run
@@ -31,9 +32,10 @@ def one_thread():
         torch.set_num_threads(n)
         torch.set_flush_denormal(False)
 
-def _run_cell(cfg, method, out, path):
+def _run_cell(cfg, method, out, path, own_contrasts=()):
     "Do a run, unless it is done or another process is at it; gives what went wrong, or `None`"
-    methods[cfg.method] = method                  # a worker does not know the methods that were added elsewhere
+    methods[cfg.method] = method                  # a worker does not know what was added elsewhere
+    contrasts.update(own_contrasts)
     d = run_dir(out, cfg)
     try:
         d.mkdir(parents=True, exist_ok=True)
@@ -191,7 +193,7 @@ def run_grid(
     failed,others = {},set()
     with GridProgress(cells) as progress, _workers(backend, n_jobs, address):
         while todo := [d for d in cells if d not in progress.done and d not in failed]:
-            jobs = [delayed(_run_cell)(cells[d], methods[cells[d].method], out, path) for d in todo]
+            jobs = [delayed(_run_cell)(cells[d], methods[cells[d].method], out, path, dict(contrasts)) for d in todo]
             failed |= {d: e for d,e in zip(todo, Parallel(batch_size=1)(jobs)) if e}
             progress.update()
             held = {d: holder(d) for d in todo if d not in progress.done and d not in failed}
