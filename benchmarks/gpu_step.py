@@ -36,12 +36,14 @@ class _SmoothLoss(AvgSmoothLoss):
 class DeviceLoss(Callback):
     "Let fastai's recorder keep its running loss on the device during an epoch, so that no step waits"
     order,run_valid = 49,False
-    def before_fit(self): self.old,self.recorder.smooth_loss = self.recorder.smooth_loss,_SmoothLoss()
+    def before_fit(self):
+        self.old = self.recorder.smooth_loss
+        vars(self.recorder)['smooth_loss'] = _SmoothLoss()
     def before_train(self): self.first = len(self.recorder.losses)
     def after_train(self):
         kept,new = self.recorder.losses[:self.first],self.recorder.losses[self.first:]
         if new: self.recorder.losses = kept + list(torch.stack(new).cpu())
-    def after_fit(self): self.recorder.smooth_loss = self.old
+    def after_fit(self): vars(self.recorder)['smooth_loss'] = self.old
 
 def wait(device):
     if device == 'cuda': torch.cuda.synchronize()
