@@ -143,7 +143,8 @@ def floor(need, k, rate, dtype):
     size = 2 if dtype == 'bfloat16' else 4
     arithmetic = k*need['flops']/rate[dtype]*1e3
     memory = k*(28*need['weights']+4*size*need['given'])/rate['copy']*1e3
-    return dict(arithmetic_ms=round(arithmetic, 3), memory_ms=round(memory, 3), floor_ms=round(max(arithmetic,memory), 3))
+    times = dict(arithmetic_ms=arithmetic, memory_ms=memory, floor_ms=max(arithmetic, memory))
+    return {name: round(t, 3) for name,t in times.items()}
 
 def with_floor(epoch, steps, rounds, least):
     found = milliseconds(epoch(), steps, rounds)

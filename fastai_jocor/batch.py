@@ -138,19 +138,24 @@ class Selection:
         if self.ignored is None: return None if self.bad is None else ~self.bad
         return ~self.ignored if self.bad is None else ~(self.ignored | self.bad)
 
-    def drop_count(self, n, R):
-        "How many of n items to drop, so that the mean share is R; one is kept. A tensor `n` is not read"
-        if isinstance(n, Tensor): return self._drop_count(n.double(), R)
-        owed = self.owed+R*n
-        count = min(int(owed+1e-6), n-1)
-        self.owed = min(owed-count, n)
-        return count
+# %% ../nbs/04_batch.ipynb #7d1c04e2
+@patch
+def drop_count(self:Selection,
+    n, # Items of the batch, at least 1; or a tensor of their number, which may be 0 and is not read
+    R:float # Share to drop, in [0, 1)
+)->int: # Or a tensor
+    "How many of n items to drop, so that the mean share is R; one is kept"
+    if isinstance(n, Tensor): return _drop_count(self, n.double(), R)
+    owed = self.owed+R*n
+    count = min(int(owed+1e-6), n-1)
+    self.owed = min(owed-count, n)
+    return count
 
-    def _drop_count(self, n, R):
-        owed = self.owed+R*n
-        count = (owed+1e-6).floor().minimum(n-1).clamp(min=0)
-        self.owed = torch.where(n > 0, (owed-count).minimum(n), owed)
-        return count.long()
+def _drop_count(s, n, R):
+    owed = s.owed+R*n
+    count = (owed+1e-6).floor().minimum(n-1).clamp(min=0)
+    s.owed = torch.where(n > 0, (owed-count).minimum(n), owed)
+    return count.long()
 
 # %% ../nbs/04_batch.ipynb #88191659
 def is_validating(

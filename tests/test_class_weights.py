@@ -150,7 +150,8 @@ def test_the_official_rounding_counts_items_with_a_label():
     learn,_ = partly_labelled(-100, A_FIFTH)
     counts = []
     def count(l): counts.append((int((~l.selection.ignored).sum()), int(l.selection.kept.sum())))
-    learn.fit(1, 0., cbs=[JoCorCallback(k=2, rule='schedule', forget_rate=.4, num_gradual=0, rounding='official'), Step(count)])
+    cb = JoCorCallback(k=2, rule='schedule', forget_rate=.4, num_gradual=0, rounding='official')
+    learn.fit(1, 0., cbs=[cb, Step(count)])
     assert [kept for _,kept in counts] == [int((1-.4)*n) for n,_ in counts]
 
 @pytest.mark.parametrize('rule', RULES)

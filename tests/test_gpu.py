@@ -57,7 +57,8 @@ def test_what_a_step_needs():
     need = gpu_step.needs(lambda: torch.nn.Sequential(torch.nn.Linear(10, 20), torch.nn.ReLU()), (8,10))
     assert need['weights'] == 220 and need['given'] == 2*8*20
     assert need['flops'] == 2*8*10*20 * 2 # forward, and the gradient of the weights; none of the input
-    assert gpu_step.floor(dict(flops=1e9, weights=0, given=0), 2, dict(float32=1e12, copy=1.), 'float32')['floor_ms'] == 2
+    need,rate = dict(flops=1e9, weights=0, given=0),dict(float32=1e12, copy=1.)
+    assert gpu_step.floor(need, 2, rate, 'float32')['floor_ms'] == 2
 
 def test_a_step_comes_late(tmp_path):
     found = part('step', tmp_path, until=-1)
@@ -183,7 +184,8 @@ def test_pack(capsys, tmp_path):
     assert 'wheel fastai>=2.8.12,<2.9' in said and 'cifar10.tgz (missing)' in said
     def wheel(name, *needs):
         with zipfile.ZipFile(tmp_path/f'{name}-1-py3-none-any.whl', 'w') as z:
-            z.writestr(f'{name}-1.dist-info/METADATA', f'Name: {name}\n' + ''.join(f'Requires-Dist: {o}\n' for o in needs))
+            meta = [f'Name: {name}', *(f'Requires-Dist: {o}' for o in needs)]
+            z.writestr(f'{name}-1.dist-info/METADATA', '\n'.join(meta))
         return tmp_path/f'{name}-1-py3-none-any.whl'
     wheels = [wheel('a', 'b>=1', 'torch', 'not_there', 'spacy', 'never; python_version<"3.8"'), wheel('b')]
     assert gpu_pack.missing(wheels) == ['not-there']

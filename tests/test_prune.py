@@ -167,4 +167,5 @@ def test_plain_tensors_on_a_gpu(prune, monkeypatch):
     with monkeypatch.context() as m:
         as_on_a_gpu(m, [])
         assert (fit(y).seen == 3).all()
-    with pytest.raises(ValueError, match='targets from -100 to 3 must lie in'): fit(y.masked_fill(torch.arange(96) == 90, -100))
+    y[90] = -100
+    with pytest.raises(ValueError, match='targets from -100 to 3 must lie in'): fit(y)
