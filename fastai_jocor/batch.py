@@ -99,11 +99,12 @@ class Selection:
     multi_label:bool = False # Whether an item may have several labels
     n_classes:int = None # Number of classes
     tells:bool = False # Whether the loader tells which items it gives
+    named:bool = False # Whether labels are places in a vocabulary: a negative one is looked for in one batch only
     loss_func:callable = None # The learner's own
     last_loss:Tensor = None # The latest finite loss, for the table
     # the epoch
     R:float = 0. # Share of a batch that is dropped
-    owed:float = 0. # Items to drop that no batch has dropped yet, as `R*n` is seldom whole
+    owed:float = 0. # Items to drop that no batch has dropped yet, as `R*n` is seldom whole; or a tensor of it
     evidence:object = None # The `Evidence` of the fit
     items:Tensor = None # Positions in the training set in the order of the epoch; `None`: not told
     repeated:Tensor = None # Which of them fill up another process's share
@@ -137,12 +138,24 @@ class Selection:
         if self.ignored is None: return None if self.bad is None else ~self.bad
         return ~self.ignored if self.bad is None else ~(self.ignored | self.bad)
 
-    def drop_count(self, n, R):
-        "How many of n items to drop, so that the mean share is R; one is kept"
-        owed = self.owed+R*n
-        count = min(int(owed+1e-6), n-1)
-        self.owed = min(owed-count, n)
-        return count
+# %% ../nbs/04_batch.ipynb #7d1c04e2
+@patch
+def drop_count(self:Selection,
+    n, # Items of the batch, at least 1; or a tensor of their number, which may be 0 and is not read
+    R:float # Share to drop, in [0, 1)
+)->int: # Or a tensor
+    "How many of n items to drop, so that the mean share is R; one is kept"
+    if isinstance(n, Tensor): return _drop_count(self, n.double(), R)
+    owed = self.owed+R*n
+    count = min(int(owed+1e-6), n-1)
+    self.owed = min(owed-count, n)
+    return count
+
+def _drop_count(s, n, R):
+    owed = s.owed+R*n
+    count = (owed+1e-6).floor().minimum(n-1).clamp(min=0)
+    s.owed = torch.where(n > 0, (owed-count).minimum(n), owed)
+    return count.long()
 
 # %% ../nbs/04_batch.ipynb #31438a6e
 def _instead(pred, y):
@@ -165,6 +178,8 @@ def is_validating(
 )->bool: # True in `validate` and `get_preds`
     "Whether the learner is in `validate`, `get_preds` or the like rather than in `fit`"
     return hasattr(learn, 'gather_preds') or learn.lock.locked()
+
+def _on_cpu(t): return t.device.type == 'cpu'
 
 def check_classes(
     pred:Tensor, # Logits of one model, shape (N, C)
@@ -203,9 +218,9 @@ def check_batch(
     s.per_sample = per_sample_loss(loss_func, pred, y)
     s.weight = class_weights(loss_func)
     s.unweighted = s.per_sample if s.weight is None else per_sample_loss(without_weights(loss_func), pred, y)
-    if s.no_label is not None and s.no_label < 0: # comparing each batch costs time
+    if s.no_label is not None and s.no_label < 0 and s.named: # comparing each batch costs time
         told = (y == s.no_label).any()
-        told = in_any(told) if s.across else told or y.device.type == 'cpu'
+        told = in_any(told) if s.across else told or _on_cpu(y)
         if not told: s.no_label = None
     s.checked = True
 
@@ -229,4 +244,5 @@ def try_batch(
         except Exception: pred = None
         finally: learn.model.train(mode)
     s.tells = order is not None and order.idxs is not None
+    s.named = getattr(learn.dls, 'vocab', None) is not None
     if pred is not None: check_batch(s, learn.loss_func, pred, b[n_inp:])

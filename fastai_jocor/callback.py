@@ -209,6 +209,7 @@ def check_fit(self:JoCorCallback,
                          "which select='global' does not give: pass select='local'")
     if self.prune and s.no_label is not None and s.no_label >= 0:
         raise ValueError(f"prune={self.prune!r} cannot be used beside ignore_index={s.no_label}: pass prune=None")
+    if self.prune: s.no_label = None # a negative label is an error then
     if self.prune == 'approx' and not s.tells:
         raise ValueError("prune='approx' needs to know which items are in a batch, and this "
                          "loader does not tell: use a fastai loader, or prune='exact'")

@@ -192,7 +192,7 @@ def look_at_batch(
     log_p,targ = log_p.float(),targ.long()
     if usable is None: weight = log_p.new_full((len(log_p),), 1/len(log_p))
     else: weight = usable.float()/usable.sum().clamp_min(1)
-    latest = torch.stack([weight @ log_p.exp(), _share_of(log_p.argmax(-1), weight, e.n_classes),
+    latest = torch.stack([(weight[:,None]*log_p.exp()).sum(0), _share_of(log_p.argmax(-1), weight, e.n_classes),
                           _share_of(targ, weight, e.n_classes)])
     e.running.lerp_(latest, .05 if usable is None else .05*usable.any())
     now,before = adjusted_margin(e, log_p, targ),e.margin[idx]

@@ -73,8 +73,9 @@ def select_small(
 def small_loss_mask(
     losses:Tensor, # Losses of the items by each of several rankings, shape (k, N), on any device
     R:float, # Share of the candidates to drop, in [0, 1)
-    among:Tensor=None # Which items are candidates, shape (k, N), bool; `None` for all
-)->Tensor: # 1 for the `int((1 - R) * d)` smallest of d candidates, 0 for others, shape (k, N)
+    among:Tensor=None, # Which items are candidates, shape (k, N), bool; `None` for all
+    n:Tensor=None # How many to keep in each ranking, shape (k,); `None` for `int((1 - R) * d)` of d candidates
+)->Tensor: # 1 for the n smallest candidates, at least one, and 0 for others, shape (k, N)
     "Find the items with the smallest finite loss in each ranking, without a host synchronisation"
     check_forget_rate(R, 'R')
     if losses.ndim != 2 or not losses.shape[1]:
@@ -83,8 +84,8 @@ def small_loss_mask(
     inf,by = torch.inf,losses.detach()
     if among is None: among = torch.ones_like(by, dtype=torch.bool)
     small,idx = torch.where(among, by, inf).nan_to_num(inf, inf, inf).sort(-1)
-    n = ((1-R)*among.sum(-1, keepdim=True).double()).long().clamp(min=1)
-    first = (torch.arange(by.shape[1], device=by.device) < n) & (small < inf)
+    if n is None: n = ((1-R)*among.sum(-1).double()).long()
+    first = (torch.arange(by.shape[1], device=by.device) < n.clamp(min=1)[:,None]) & (small < inf)
     return torch.zeros_like(by).scatter_(-1, idx, first.to(by.dtype))
 
 # %% ../nbs/01_selection.ipynb #02e68c52

@@ -161,7 +161,7 @@ def keep_small(self:PeersCallback,
     if by is None: by = losses
     if s.bad is not None: losses,by = losses.masked_fill(s.bad, torch.inf),by.masked_fill(s.bad, torch.inf)
     if s.ignored is not None:
-        mask,n = self.small_mask(by[None], R, ~s.ignored[None])
+        mask,n = self.small_mask(by[None], R, ~s.ignored[None], self.rounding != 'official')
         return self.mean_kept(losses, mask[0], n[0]), mask[0], losses
     if s.across:
         times,n = select_small_global(by, n=self.keep_count(s.world*len(by), R))
@@ -184,14 +184,15 @@ def keep_count(self:PeersCallback,
 def small_mask(self:PeersCallback,
     by:Tensor, # What is compared, in several rankings, shape (r, N)
     R:float, # Share of the candidates to drop
-    among:Tensor=None # Candidates of each ranking, shape (r, N), bool; `None` for all
+    among:Tensor=None, # Candidates of each ranking, shape (r, N), bool; `None` for all
+    carried:bool=False # What is left of `R*n` goes to the next batch; needs `among`
 )->tuple: # 1 for the items that are kept, shape (r, N); how many are kept in all processes, shape (r,)
     "Select the small ones of some items"
-    if not self.selection.across:
-        mask = small_loss_mask(by, R, among)
-        return mask, mask.sum(-1)
-    mask = small_loss_mask(union(by), R, None if among is None else union(among))
-    return own_part(mask), mask.sum(-1)
+    s = self.selection
+    if s.across: by,among = union(by),None if among is None else union(among)
+    n = among.sum(-1) if carried else None
+    mask = small_loss_mask(by, R, among, n-s.drop_count(n, R) if carried else None)
+    return own_part(mask) if s.across else mask, mask.sum(-1)
 
 @patch
 def mean_kept(self:PeersCallback,

@@ -81,8 +81,7 @@ def _select(self:Weigh, e, by, usable):
     if s.across:
         if usable is None: usable = torch.ones_like(by, dtype=torch.bool) # others may have such that are not
         by,usable = union(by),union(usable)
-    if s.ignored is None: n = s.drop_count(len(by), s.R)
-    else: n = (s.R*(usable.sum() if usable is not None else len(by))).long()
+    n = s.drop_count(len(by) if s.ignored is None else usable.sum(), s.R)
     keep = keep_by_margin(by, math.inf if self.frozen else e.threshold, n, usable)
     return (own_part(keep) if s.across else keep).float(), keep.sum()
 

@@ -1,6 +1,11 @@
 import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit.*')
+import os
+DEVICE = os.environ.get('FASTAI_JOCOR_DEVICE', 'cpu')
+if DEVICE == 'cpu': os.environ['CUDA_VISIBLE_DEVICES'] = ''     # before torch looks for a GPU, and for subprocesses
 import random, numpy as np, pytest, torch
+from contextlib import nullcontext
+from fastai.torch_core import default_device
 import matplotlib; matplotlib.use('agg')
 from hypothesis import settings
 import leaks
@@ -13,13 +18,21 @@ def pytest_addoption(parser):
         help='folder with real data: cifar10/train, cifar10/test, CIFAR-10_human.pt; also taken from FASTAI_JOCOR_DATA')
     parser.addoption('--seed', type=int, default=0, help='seed of the random states with which every test begins')
 
+PURE = 'test_losses','test_selection','test_peers'  # their tensors are made by torch alone, on its default device
+
+def default_of(module):
+    "The device on which the tests of a module make their tensors; learners train on `DEVICE` in any case"
+    return torch.device(DEVICE) if module in PURE and DEVICE != 'cpu' else nullcontext()
+
 @pytest.fixture(scope='session', autouse=True)
-def all_modules(): leaks.import_all()
+def all_modules():
+    default_device(DEVICE == 'cuda')
+    leaks.import_all()
 
 @pytest.fixture(autouse=True)
 def own_process(request):
     "Each test begins with the same random states and one thread, and what it changes in the process is put back"
-    with leaks.nothing_leaks():
+    with leaks.nothing_leaks(), default_of(request.module.__name__):
         seed = request.config.getoption('--seed')
         random.seed(seed)
         np.random.seed(seed)

@@ -45,8 +45,8 @@ def guard_steps(monkeypatch, guard, first=0):
     monkeypatch.setattr(Part, '__call__', guarded_call)
     monkeypatch.setattr(SmallLoss, 'loss', guarded_loss)
 
-def as_on_a_gpu(monkeypatch, seen, ignores=False):
-    "What a callback does on a GPU, on a CPU; there labels are ignored only if the first batch has one that is"
+def as_on_a_gpu(monkeypatch, seen):
+    "What a callback does on a GPU, on a CPU"
     monkeypatch.setattr(Selection, 'reads_are_free', False)
-    if not ignores: monkeypatch.setattr(batch, 'ignored_label', lambda loss_func: None)
+    monkeypatch.setattr(batch, '_on_cpu', lambda t: False)
     guard_steps(monkeypatch, lambda: no_reads(seen))

@@ -140,9 +140,19 @@ def test_the_share_is_of_items_with_a_label(rule):
         s = l.selection
         counts.append((int((~s.ignored).sum()), int(s.kept.sum())))
     learn.fit(1, 0., cbs=[cb, Step(count)])
-    R = cb.history.R.iloc[-1]
-    want = [n-int(.3*n) if rule == 'evidence' else int((1-.4)*n) for n,_ in counts]
-    assert R == dict(evidence=.3, schedule=.4)[rule] and [kept for _,kept in counts] == want
+    R,rate = cb.history.R.iloc[-1],dict(evidence=.3, schedule=.4)[rule]
+    assert R == rate
+    labelled,dropped = (torch.tensor(o).cumsum(0) for o in zip(*[(n, n-kept) for n,kept in counts]))
+    owed = rate*labelled-dropped # what is left goes to the next batch
+    assert owed.min() > -1e-4 and owed.max() < 1 and (labelled.diff()*rate % 1 > .01).any()
+
+def test_the_official_rounding_counts_items_with_a_label():
+    learn,_ = partly_labelled(-100, A_FIFTH)
+    counts = []
+    def count(l): counts.append((int((~l.selection.ignored).sum()), int(l.selection.kept.sum())))
+    cb = JoCorCallback(k=2, rule='schedule', forget_rate=.4, num_gradual=0, rounding='official')
+    learn.fit(1, 0., cbs=[cb, Step(count)])
+    assert [kept for _,kept in counts] == [int((1-.4)*n) for n,_ in counts]
 
 @pytest.mark.parametrize('rule', RULES)
 def test_a_batch_without_any_label(rule):

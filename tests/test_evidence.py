@@ -3,8 +3,8 @@ import copy, math, numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from fastai.vision.all import BCEWithLogitsLossFlat, DataLoader, DataLoaders, Learner, CrossEntropyLossFlat, nn
 from fastai_jocor.all import JoCorCallback, jocor_mlp
-from fastai_jocor.evidence import (Evidence, hidden_from, hide, keep_by_margin, margin_threshold, next_brake,
-    protection)
+from fastai_jocor.evidence import (Evidence, hidden_from, hide, keep_by_margin, look_at_batch, margin_threshold,
+    next_brake, protection)
 from fastai_jocor.interval import sure_error, wrong_share
 from learners import Record, Step, digits, digits64, mlps64, quiet, same, tensors, weights
 import reference, reference_evidence
@@ -231,3 +231,12 @@ def test_a_subclass_with_a_loss_of_its_own_trains_by_the_schedule():
     assert [cb(k=2).rule for cb in (Own,Rate,Named)] == ['schedule','schedule',None]
     digits(bs=512).fit(1, 1e-3, cbs=(cb := Rate()))
     assert cb.history.R.tolist() == [.3] and cb.history.kept.iloc[0] == pytest.approx(.7, abs=.01)
+
+def test_autocast_leaves_the_evidence_exact():
+    "Mixed precision is for the networks: running shares stay in float32"
+    log_p,targ = torch.randn(128,10).log_softmax(-1),torch.randint(0, 10, (128,))
+    def running(half):
+        e = Evidence(128, 2, 10)
+        with torch.autocast('cpu', dtype=torch.bfloat16, enabled=half): look_at_batch(e, log_p, targ, torch.arange(128))
+        return e.running
+    assert torch.equal(running(True), running(False))

@@ -88,7 +88,7 @@ def test_the_step_does_not_synchronise(k, loss, monkeypatch):
         assert .3 < cb.history.kept.iloc[-1] < .9
         return weights(learn.model)
     loose,seen = trained(),[]
-    as_on_a_gpu(monkeypatch, seen, ignores='ignore_index' in loss)
+    as_on_a_gpu(monkeypatch, seen)
     tight = trained()
     assert seen and all(torch.allclose(p, q, atol=1e-5) for p,q in zip(loose, tight, strict=True))
 

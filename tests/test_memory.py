@@ -254,3 +254,17 @@ def test_what_is_no_image_and_bad_targets(c10):
         from_dls(uneven.dataloaders(c10, bs=1, num_workers=0))
     with pytest.raises(ValueError, match='of 3 channels'):
         from_arrays(np.zeros((20,8,8,3), np.uint8), np.arange(20)%2, normalize=([.1,.2],[.1,.2]))
+
+PARTS = (10,4,False,[4,4,2]),(10,4,True,[4,4]),(8,4,False,[4,4]),(3,4,False,[3]),(0,4,False,[])
+
+@pytest.mark.parametrize('n,bs,drop_last,sizes', PARTS)
+def test_the_order_of_an_epoch_moves_once(n, bs, drop_last, sizes, monkeypatch):
+    "Batches are parts of one tensor of places, which went to the device of the images at once"
+    store,seen = ImageStore(torch.arange(40, dtype=torch.uint8).view(10,2,2), torch.arange(10)),[]
+    batch = ImageStore.batch
+    monkeypatch.setattr(ImageStore, 'batch', lambda self, idxs: seen.append(idxs) or batch(self, idxs))
+    dl = MemoryDL(range(n), store, torch.arange(n).flip(0), bs=bs, drop_last=drop_last)
+    targets = [y for _,y in dl]
+    assert [len(o) for o in seen] == sizes
+    assert len({o.untyped_storage().data_ptr() for o in seen}) == min(len(sizes), 1)
+    if sizes: assert torch.cat(targets).tolist() == list(range(n))[::-1][:sum(sizes)]

@@ -5,7 +5,8 @@ from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoader, DataLo
 from fastai_jocor.all import *
 from fastai_jocor.batch import same_buffers
 from fastai_jocor.prune import take_items
-from learners import digits, digits64, finite, plain, quiet, weights
+from learners import digits, digits64, finite, plain, quiet, tensors, weights
+from sync import as_on_a_gpu
 
 class Sizes(Callback):
     "How many items each training batch brings, and how many the model sees in its pass with gradients"
@@ -154,3 +155,17 @@ def test_same_buffers_also_after_an_error():
         m(torch.randn(8,64))
         raise RuntimeError
     for a,b in zip(before, m.buffers()): assert torch.equal(a, b)
+
+@pytest.mark.parametrize('prune', ('exact','approx'))
+def test_plain_tensors_on_a_gpu(prune, monkeypatch):
+    "Nothing is pruned by a label that says that there is none: the first loss of such an item tells what is wrong"
+    def fit(y, **kwargs):
+        learn = tensors(torch.randn(96,8), y, nn.Linear(8,4))
+        learn.fit(3, 1e-2, cbs=(cb := JoCorCallback(forget_rate=.3, prune=prune, refresh=2, seed=1)))
+        return cb.ledger
+    y = torch.randint(0,4,(96,))
+    with monkeypatch.context() as m:
+        as_on_a_gpu(m, [])
+        assert (fit(y).seen == 3).all()
+    y[90] = -100
+    with pytest.raises(ValueError, match='targets from -100 to 3 must lie in'): fit(y)

@@ -14,7 +14,7 @@ def test_select_small(l, r):
     if not finite: return
     assert set(idx.tolist()) <= set(finite)
     want = np.sort(np.array(l, dtype=np.float32)[finite])[:len(idx)]
-    np.testing.assert_array_equal(np.sort(t[idx.unique()].numpy()), want)
+    np.testing.assert_array_equal(np.sort(t[idx.unique()].cpu().numpy()), want)
     counts = torch.bincount(idx)[idx.unique()]
     assert counts.max() - counts.min() <= 1
 

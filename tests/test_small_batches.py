@@ -65,3 +65,11 @@ def test_the_least_share_of_the_evidence_rule(bs):
     learn.fit(1, 0., cbs=[cb, Step(lambda l: counts.append(l.selection.n-int(l.selection.kept.sum())))])
     assert cb.history.R.tolist() == [0,.2]
     assert .2-.01 < sum(counts)/240 <= .2+1e-6 and max(counts) <= -(-bs//5)
+
+@given(sizes=st.lists(st.integers(0, 70), min_size=1, max_size=60), R=st.floats(0, .99))
+def test_a_number_that_is_not_read(sizes, R):
+    "Tensors, as of items with a label, give what numbers give; of a batch without any, nothing is dropped"
+    read,unread = Selection(),Selection()
+    for n in sizes:
+        count = unread.drop_count(torch.tensor(n), R)
+        assert count.dtype == torch.int64 and int(count) == (read.drop_count(n, R) if n else 0)

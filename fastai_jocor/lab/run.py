@@ -223,7 +223,8 @@ def run(
     path=None, # Folder of the data set; `None` for its default
     verbose:bool=True, # Print the epoch table
     extras:bool=True, # Write learning_curve.png and model.pth too
-    resume:bool=False # Write checkpoints, and go on from the one that a killed run left in `out`
+    resume:bool=False, # Write checkpoints, and go on from the one that a killed run left in `out`
+    cbs=None # Further callbacks
 )->tuple: # The learner, the history (a `DataFrame`) and the result (a `dict`)
     "Train one network or k peers as `cfg` says"
     out = None if out is None else Path(out)
@@ -232,7 +233,7 @@ def run(
     bar = verbose and sys.stdout.isatty()
     if not bar: learn.remove_cb(ProgressCallback)
     progress = RunProgress(out/'progress' if resume else None)
-    cbs = L(cfg.callback()) + L(peer_acc, progress)
+    cbs = L(cfg.callback()) + L(peer_acc, progress) + L(cbs)
     if resume: cbs += Checkpoint(out/'checkpoint.pth', max(1, cfg.epochs//10), 600., asdict(cfg.plain()))
     if verbose and not bar: cbs += PlainTable()
     try:

@@ -92,7 +92,9 @@ class MemoryDL(TfmdDL):
         return torch.randperm(len(self.dataset), generator=generator)[:self.n].tolist()
 
     def create_batches(self, samps):
-        for idxs in self.chunkify(samps): yield self.store.batch(self.pos[idxs])
+        order = self.pos[list(samps)].to(self.store.images.device) # at once: no batch waits for a copy
+        for idxs in order.split(self.bs):
+            if len(idxs) == self.bs or len(idxs) and not self.drop_last: yield self.store.batch(idxs)
 
     def new(self, dataset=None, cls=None, **kwargs):
         if dataset is None or dataset is self.dataset:
