@@ -141,6 +141,6 @@ def cleaner(self:PeersCallback,
 )->object: # The widget
     "Open fastai's `ImageClassifierCleaner` with the suspects of each class first"
     try: from fastai.vision.widgets import ImageClassifierCleaner
-    except ImportError:
-        raise ImportError("cleaner needs ipywidgets, which is not installed: pip install ipywidgets") from None
+    except ImportError as e:
+        raise ImportError(f"cleaner needs ipywidgets, which cannot be imported ({e}): pip install ipywidgets") from e
     return ImageClassifierCleaner(SuspectsLearner(learn, self, score), **kwargs)

@@ -105,7 +105,7 @@ class RunConfig:
         options = options | {k: v for k,v in self.options.items() if k not in m.loss_options}
         try: return m.callback(**args, **options)
         except TypeError as e:
-            raise ValueError(f"options={self.options!r} do not fit method={self.method!r}: {e}") from None
+            raise ValueError(f"options={self.options!r} do not fit method={self.method!r}: {e}") from e
 
     def loss(self, dls):
         "The loss of the method, or `None` for the learner's own"
