@@ -17,7 +17,7 @@ from .selection import (check_forget_rate, forget_schedule, keep_count, select_s
 from .peers import check_k, check_seed, Peers
 from .processes import own_part, union
 from .batch import check_batch, is_validating, Selection
-from .step import BatchItems, NonFinite, QuickEvents, SmallLoss
+from .step import BatchItems, LeaveNothing, NonFinite, QuickEvents, SmallLoss
 from .record import Estimate, LostClasses, Record
 from .state import FitState, ForgetRate
 from .start import look_at_data, MakePeers, refuse_others, UndoPeers
@@ -54,8 +54,9 @@ class PeersCallback(FitState, Callback):
         self.restart,self.select = restart,select
         self.rounding,self.first_epoch = rounding,first_epoch
         self.small_loss,self.record = SmallLoss(self),Record(self)
-        self.parts = [QuickEvents(self), MakePeers(self), ForgetRate(self), BatchItems(self), NonFinite(self),
-                      self.small_loss, self.record, Estimate(self), LostClasses(self), UndoPeers(self)]
+        self.parts = [QuickEvents(self), LeaveNothing(self), MakePeers(self), ForgetRate(self), BatchItems(self),
+                      NonFinite(self), self.small_loss, self.record, Estimate(self), LostClasses(self),
+                      UndoPeers(self)]
         self.start_anew()
 
     @property

@@ -1,9 +1,9 @@
 "When things go wrong: bad numbers, bad data, dying workers, full disks, Ctrl-C."
-import ast, os, random, signal, warnings, pytest, torch
+import ast, copy, gc, os, random, signal, warnings, weakref, pytest, torch
 import numpy as np
 import torch.nn.functional as F
-from fastai.vision.all import (Adam, Callback, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoader, DataLoaders,
-    IndexSplitter, Learner, TransformBlock, accuracy, nn)
+from fastai.vision.all import (Adam, Callback, CancelFitException, CancelValidException, CategoryBlock,
+    CrossEntropyLossFlat, DataBlock, DataLoader, DataLoaders, IndexSplitter, Learner, TransformBlock, accuracy, nn)
 from fastai_jocor.all import *
 from fastai_jocor.per_sample import per_sample_loss
 from fastai_jocor.trainer import PeersCallback
@@ -236,6 +236,37 @@ def test_a_full_disk_at_checkpoint_time(tmp_path, monkeypatch):
     cb = fit(digits(path=tmp_path))
     assert len(cb.history) == 5 and cb.ledger.seen.max() == 5
     learn.fit(1, cbs=JoCorCallback(k=2))
+
+class Peek(Callback):
+    "Remember what belongs to each batch without keeping it, and raise in the second epoch"
+    order,run_valid = 90,False
+    kinds = 'log_probs','logits','pred','losses','targ','kept'
+    def __init__(self, event, error):
+        self.seen,self.error = [],error
+        setattr(self, event, self.stop)
+    def after_loss(self):
+        s = self.learn.selection
+        self.seen += [weakref.ref(getattr(s, kind)) for kind in self.kinds]
+        self.seen += [weakref.ref(o) for o in (self.learn.xb[0], self.learn.loss_grad)]
+    def stop(self):
+        if self.epoch == 1 and (self.iter == 2 or not self.training): raise self.error('now')
+
+ENDS = [('before_validate', CancelValidException), ('after_batch', CancelFitException), ('after_pred', KeyboardInterrupt),
+    ('after_backward', RuntimeError), ('after_epoch', KeyboardInterrupt), ('before_validate', RuntimeError)]
+
+@pytest.mark.parametrize('kw', (dict(), dict(prune='exact', forget_rate=.3)))
+@pytest.mark.parametrize('event,error', ENDS)
+def test_nothing_of_a_batch_outlives_the_fit(event, error, kw):
+    learn,peek = digits(cbs=(cb := JoCorCallback(k=2, **kw))),Peek(event, error)
+    try: learn.fit(2, 1e-3, cbs=peek)
+    except (KeyboardInterrupt, RuntimeError) as e: assert type(e) is error
+    gc.collect()
+    assert peek.seen and not [o() for o in peek.seen if o() is not None]
+    assert not {'_with_events','_call_one','selection'} & set(vars(learn))
+    assert learn.loss_grad is None and learn.pred is None and cb.record.sightings is None
+    twin = copy.deepcopy(learn)
+    twin.fit(1, 1e-3)
+    assert len(twin.jo_cor.history) == len(cb.history)+1 and isinstance(learn.loss_func, CrossEntropyLossFlat)
 
 class Interrupt(Callback):
     "A real SIGINT at the n-th event"
