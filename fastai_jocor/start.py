@@ -16,7 +16,7 @@ from .ledger import Ledger
 from .peers import Peers
 from .learner import *
 from .processes import distributed_world, from_rank0, loaders_talk_over_the_cpu
-from .batch import Selection, try_batch
+from .batch import same_random_states, Selection, try_batch
 from .step import Part
 from .state import class_names_of, FitState, ItemSource
 
@@ -42,7 +42,9 @@ def look_at_data(
     s = Selection(world=distributed_world(learn))
     s.across = s.world > 1 and owner.select == 'global'
     with loaders_talk_over_the_cpu() if s.world > 1 else nullcontext(): try_batch(learn, s)
-    owner.source = ItemSource(learn.dls.train.dataset, class_names_of(learn.dls), s.n_classes, s.multi_label)
+    train = learn.dls.train
+    with same_random_states(train):
+        owner.source = ItemSource(train.dataset, class_names_of(learn.dls), s.n_classes, s.multi_label)
     owner.check_fit(s)
     return s
 
@@ -71,11 +73,10 @@ class MakePeers(Part):
         return from_rank0(ifnone(self.owner.seed, int(torch.randint(2**31, (1,)))))
 
     def _open_ledger(self, o, s):
-        "Go on with the ledger of an earlier fit on as many items, or start one"
-        n = len(o.source)
-        old = o.items
+        "Go on with the ledger of an earlier fit on the same items, or start one"
+        n,old = len(o.source),o.items
         if not n: o.items = None
-        elif old is None or old.n != n or o.restart and not o.finding: o.items = Ledger(n, s.device)
+        elif old is None or o.restart and not o.finding: o.items = Ledger(n, s.device)
         else: o.items = Ledger(n, s.device).load_state(old.state())
 
     def undo(self):

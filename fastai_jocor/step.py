@@ -74,15 +74,17 @@ class LeaveNothing(Part):
     def before_fit(self): self.learn._with_events = self.watch
 
     def watch(self, *args):
-        "fastai's `_with_events`; fastai calls no `after_fit` when an error ends a fit"
+        "Do an epoch as fastai's `_with_events`, which calls no `after_fit` when an error ends the fit"
         learn = self.learn
-        try: type(learn)._with_events(learn, *args)
+        vars(learn).pop('_with_events')
+        try: learn._with_events(*args)
         except _cancels: raise
         except BaseException:
             learn._end_cleanup()
             self.after_fit()
             self.owner.undo()
             raise
+        if self.learn is learn: self.before_fit()
 
     def after_fit(self): self.learn.loss_grad = None # it has the graph of the last batch
     def undo(self): vars(self.learn).pop('_with_events', None)

@@ -251,8 +251,9 @@ class Peek(Callback):
     def stop(self):
         if self.epoch == 1 and (self.iter == 2 or not self.training): raise self.error('now')
 
-ENDS = [('before_validate', CancelValidException), ('after_batch', CancelFitException), ('after_pred', KeyboardInterrupt),
-    ('after_backward', RuntimeError), ('after_epoch', KeyboardInterrupt), ('before_validate', RuntimeError)]
+ENDS = [('before_validate', CancelValidException), ('after_batch', CancelFitException),
+    ('after_pred', KeyboardInterrupt), ('after_backward', RuntimeError), ('after_epoch', KeyboardInterrupt),
+    ('before_validate', RuntimeError)]
 
 @pytest.mark.parametrize('kw', (dict(), dict(prune='exact', forget_rate=.3)))
 @pytest.mark.parametrize('event,error', ENDS)
