@@ -38,10 +38,10 @@ def make_noise(
     if name == 'human' and file: return HumanLabels(file, which)
     rate,*args = rest.split(':')
     exact,args = dict(exact=True) if 'exact' in args else {},[o for o in args if o != 'exact']
+    error = f"noise={noise!r} must be a noise model, such as Symmetric(0.2), or written as {_written}"
     try: rate = float(rate)
-    except ValueError: name = ''
-    if name not in noise_models or name == 'human' or len(args) > (name == 'asymmetric'):
-        raise ValueError(f"noise={noise!r} must be a noise model, such as Symmetric(0.2), or written as {_written}")
+    except ValueError as e: raise ValueError(error) from e
+    if name not in noise_models or name == 'human' or len(args) > (name == 'asymmetric'): raise ValueError(error)
     return noise_models[name](rate, *args, **exact)
 
 # %% ../nbs/12_blocks.ipynb #12e84b05

@@ -126,8 +126,8 @@ class SuspectsLearner(GetAttr):
         trained = dl is not None and dl.dataset is self.learn.dls.train.dataset
         if not trained: return self.learn.get_preds(dl=dl, **kwargs)
         f = self.cb.items.frame()
-        if len(f) != len(dl.dataset):
-            raise ValueError(f"learn trains on {len(dl.dataset)} items, but the ledger is of {len(f)}: "
+        if item_names(dl.dataset) != self.cb.source.names:
+            raise ValueError(f"learn trains on {len(dl.dataset)} items, but the ledger is of {len(f)} others: "
                              "pass the learner that the callback trained")
         labels = _labels_of(dl) if (f.given_label < 0).any() else f.given_label.to_numpy()
         rank = suspect_scores[self.score](f).rank(pct=True).fillna(0.)
@@ -141,6 +141,6 @@ def cleaner(self:PeersCallback,
 )->object: # The widget
     "Open fastai's `ImageClassifierCleaner` with the suspects of each class first"
     try: from fastai.vision.widgets import ImageClassifierCleaner
-    except ImportError:
-        raise ImportError("cleaner needs ipywidgets, which is not installed: pip install ipywidgets") from None
+    except ImportError as e:
+        raise ImportError(f"cleaner needs ipywidgets, which cannot be imported ({e}): pip install ipywidgets") from e
     return ImageClassifierCleaner(SuspectsLearner(learn, self, score), **kwargs)

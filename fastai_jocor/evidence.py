@@ -6,8 +6,8 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/evidence.html.md"""
 
 # %% auto #0
 __all__ = ['hidden_from', 'hide', 'margin_threshold', 'doubt_of', 'evenness', 'protection', 'keep_by_margin', 'Evidence',
-           'evidence_state', 'load_evidence', 'adjusted_margin', 'look_at_batch', 'hidden_columns', 'close_epoch',
-           'next_brake', 'estimate_from']
+           'evidence_state', 'load_evidence', 'adjusted_margin', 'forget_margins', 'look_at_batch', 'hidden_columns',
+           'close_epoch', 'next_brake', 'estimate_from']
 
 # %% ../nbs/03e_evidence.ipynb #e8c4c658
 import math, numpy as np, torch
@@ -180,6 +180,16 @@ def adjusted_margin(
     if e.has('prior') and e.n_classes > 2:
         log_p = log_p-evenness(e.running[2])*e.running[0].clamp_min(1e-4).log()
     return log_p.amax(-1)-log_p.gather(-1, targ[:,None])[:,0]
+
+def forget_margins(
+    e:Evidence, # With the running margins
+    targ:Tensor, # Given labels, shape (N,)
+    idx:Tensor, # Positions of the items in the training set, shape (N,)
+    before:Tensor # Labels that the margins are against, shape (N,); -1 where there was none
+):
+    "Forget the margins against labels that have been changed since"
+    changed = (before >= 0) & (before != targ)
+    e.margin[idx] = e.margin[idx].masked_fill(changed, torch.nan)
 
 def look_at_batch(
     e:Evidence, # Takes up what is seen

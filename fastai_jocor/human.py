@@ -40,7 +40,7 @@ def read_label_file(
     except Exception as e:
         why = str(e) if str(e).startswith('it asks for') else 'it holds more than arrays of integers, or is damaged'
         error = f"file={str(file)!r} is not a file of human labels, and nothing in it was run: {why}"
-        raise ValueError(error) from None
+        raise ValueError(error) from e
     ok = isinstance(res, dict) and all(_is_labels(o) for o in res.values())
     if not ok or 'clean_label' not in res or len({len(o) for o in res.values()}) != 1:
         raise ValueError(f"file={str(file)!r} must hold a dictionary of label arrays of equal length, integers, "

@@ -29,7 +29,7 @@ def item_pixels(
     if isinstance(o, (str,os.PathLike)):
         try:
             with Image.open(o) as im: o = im.copy()
-        except (OSError, SyntaxError) as e: raise ValueError(f"{str(o)} cannot be read as an image: {e}") from None
+        except (OSError, SyntaxError) as e: raise ValueError(f"{str(o)} cannot be read as an image: {e}") from e
     if isinstance(o, Image.Image):
         o = o if o.mode in ('L','RGB') else _rgb(o)
         o = np.asarray(o if size is None else o.resize((size,size)))

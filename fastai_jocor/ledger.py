@@ -38,6 +38,10 @@ class Ledger:
         "All figures as a `dict` of tensors"
         return {name: getattr(self, name) for name in (*self._ints, *self._floats)}
 
+    def forget(self, idx):
+        "Forget all that was seen of some items"
+        for name,o in Ledger(1, self.device).state().items(): getattr(self, name)[idx] = o
+
     def load_state(self, state):
         "Take over figures of `state()`"
         for name,o in state.items(): setattr(self, name, o.to(self.device).clone())
@@ -57,7 +61,9 @@ def update(self:Ledger,
     conf:Tensor, # Mean probability of the predicted label, shape (m,)
     given_label:Tensor # Given label of each, shape (m,); -1 where it is not one class
 ):
-    "Add what was seen of some items"
+    "Add what was seen of some items; what was seen with another label no longer counts"
+    before = self.given_label[idx]
+    self.forget(idx[(before >= 0) & (given_label >= 0) & (before != given_label)])
     scored = ~loss.isnan()
     self.seen.index_add_(0, idx, torch.ones_like(idx, dtype=torch.int32))
     self.kept.index_add_(0, idx, kept.float())

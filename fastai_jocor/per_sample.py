@@ -57,23 +57,31 @@ def _unreduced(loss_func, z, y):
 
 def _as_is(loss_func, z, y): return plain(loss_func(z, y))
 
+def _shape(loss): return getattr(loss, 'shape', None)
+def _text(e): return f'{type(e).__name__}: {e}'
+
 def per_sample_loss(
     loss_func, # The learner's loss
     logits:Tensor, # Logits of one model to try it on, shape (N, C)
     targ:Tensor # Labels, shape (N,), or (N, C) of 0 and 1 for several labels an item
 )->callable: # `f(logits (N, C), targ)`: a loss per sample, or per label; `None` for plain cross-entropy
-    "Find how a loss gives one value per sample; a `ValueError` if it cannot"
+    "Find how a loss gives one value per sample; a `ValueError` with the loss's own reason if it fails or cannot"
     if is_plain_ce(loss_func): return None
     if is_multi_label(loss_func, targ): return partial(_unreduced, loss_func)
-    for f in (_unreduced, _as_is):
-        try:
-            if f(loss_func, logits, targ).shape == targ.shape: return partial(f, loss_func)
-        except (TypeError, RuntimeError, AttributeError) as e: cause = e
-        else: cause = None
+    cause = None
+    try:
+        if _shape(_unreduced(loss_func, logits, targ)) == targ.shape: return partial(_unreduced, loss_func)
+    except Exception as e: cause = e
+    try: shape = _shape(_as_is(loss_func, logits, targ))
+    except Exception as e:
+        raise ValueError(f"loss_func={loss_func!r} fails on logits of shape {tuple(logits.shape)} and type "
+                         f"{logits.dtype} with targets of shape {tuple(targ.shape)} and type {targ.dtype}: "
+                         f"{_text(e)}") from e
+    if shape == targ.shape: return partial(_as_is, loss_func)
     raise ValueError(
         f"loss_func={loss_func!r} cannot be reduced per sample: small-loss selection needs one loss per item, "
         "so it must have a `reduction` attribute or argument that takes 'none', or return shape (N,)"
-        + (f" ({type(cause).__name__}: {cause})" if cause else "")) from cause
+        + ("" if cause is None else f"; with reduction='none', {_text(cause)}")) from cause
 
 # %% ../nbs/03f_per_sample.ipynb #24fa659b
 def cross_entropy_of(

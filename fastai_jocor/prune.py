@@ -54,8 +54,10 @@ class Prune(Part):
     def _select_as_before(self, s):
         "Select by the loss that each item had when it was last computed; an item without one is kept"
         last = self.owner.items.last_loss[s.idx]
+        targ = label_column(plain(self.yb[0]))
+        if targ.ndim == 1: last = last.masked_fill(self.owner.items.given_label[s.idx] != targ, torch.nan)
         if self.owner.behind is not None:
-            last = self.owner.less_behind(last, label_column(plain(self.yb[0])))
+            last = self.owner.less_behind(last, targ)
         last = torch.where(last.isnan(), torch.finfo(last.dtype).min, last)
         if s.bad is not None: last = last.masked_fill(s.bad, torch.inf)
         return select_small(last, n=self.owner.keep_count(len(last), s.R))

@@ -168,6 +168,7 @@ class Record(Part):
         self.owner.done = self.owner.before+self.epoch+1
 
     def undo(self):
+        self.sightings = None
         mets = vars(self).pop('mets', [])
         if mets: self.learn.metrics = [m for m in self.learn.metrics if not any(m is o for o in mets)]
 

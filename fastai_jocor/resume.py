@@ -8,13 +8,14 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/resume.html.md"""
 __all__ = ['plain_values', 'random_states', 'restore_random_states', 'Checkpoint']
 
 # %% ../nbs/07_resume.ipynb #d9444ee7
-import random, torch, warnings, numpy as np
+import random, torch, warnings, zlib, numpy as np
 from fastai.basics import *
 from fastai.callback.tracker import TrackerCallback
 from fastai.torch_core import get_random_states
 from .losses import check_number
 from .batch import is_validating
 from .files import write_aside
+from .state import item_names
 
 # %% ../nbs/07_resume.ipynb #eab6d408
 def plain_values(
@@ -51,6 +52,12 @@ def restore_random_states(
         if own is not None: dl.rng.setstate(own)
 
 # %% ../nbs/07_resume.ipynb #81265e0e
+def _of_items(ds):
+    "Number of the items and a digest of their names, in whatever folder they are now"
+    names = item_names(ds)
+    ends = ['/'.join(str(o).replace('\\', '/').rsplit('/', 2)[-2:]) for o in names]
+    return f"{len(names)} items, digest {zlib.crc32(chr(10).join(ends).encode()):08x}"
+
 def _has_state(cls): return hasattr(cls, 'state_dict') and hasattr(cls, 'load_state_dict')
 
 class Checkpoint(Callback):
@@ -144,7 +151,8 @@ def save(self:Checkpoint):
 @patch
 def _is_of(self:Checkpoint):
     "What must be the same for a run to go on"
-    return dict(config=self.config, n_epoch=self.n_epoch, peers=getattr(get_model(self.model), 'k', 1))
+    k = getattr(get_model(self.model), 'k', 1)
+    return dict(config=self.config, n_epoch=self.n_epoch, peers=k, items=self.items)
 
 @patch
 def _all_random(self:Checkpoint):
@@ -183,6 +191,7 @@ def _read(self:Checkpoint):
 @patch
 def _take_up(self:Checkpoint):
     "Load the checkpoint, if it is of this run; gives the first epoch to train"
+    self.items = _of_items(self.dls.train.dataset)
     self.state = state = self._read()
     if state is None or state['fit'] < self.n_fits: return 0
     if state['fit'] > self.n_fits: return self.n_epoch

@@ -47,7 +47,9 @@ def look_at_data(
     s.across = s.world > 1 and owner.select == 'global'
     refuse_missing_labels(learn)
     with loaders_talk_over_the_cpu() if s.world > 1 else nullcontext(): try_batch(learn, s)
-    owner.source = ItemSource(learn.dls.train.dataset, class_names_of(learn.dls), s.n_classes, s.multi_label)
+    train = learn.dls.train
+    with same_random_states(train):
+        owner.source = ItemSource(train.dataset, class_names_of(learn.dls), s.n_classes, s.multi_label)
     owner.check_fit(s)
     for text in [] if owner.finding else what_is_lost(owner, s): warnings.warn(text)
     return s
@@ -133,11 +135,10 @@ class MakePeers(Part):
         return from_rank0(ifnone(self.owner.seed, int(torch.randint(2**31, (1,)))))
 
     def _open_ledger(self, o, s):
-        "Go on with the ledger of an earlier fit on as many items, or start one"
-        n = len(o.source)
-        old = o.items
+        "Go on with the ledger of an earlier fit on the same items, or start one"
+        n,old = len(o.source),o.items
         if not n: o.items = None
-        elif old is None or old.n != n or o.restart and not o.finding: o.items = Ledger(n, s.device)
+        elif old is None or o.restart and not o.finding: o.items = Ledger(n, s.device)
         else: o.items = Ledger(n, s.device).load_state(old.state())
 
     def undo(self):

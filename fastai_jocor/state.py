@@ -15,6 +15,8 @@ from .selection import check_forget_rate, default_num_gradual, forget_schedule
 from .ledger import NoiseEstimate
 from .batch import Selection
 from .step import Part
+from .identity import other_inputs, other_labels, some_inputs, some_labels
+from torch.utils.data import Subset
 
 # %% ../nbs/06b_state.ipynb #e039ca56
 def class_names_of(
@@ -31,6 +33,9 @@ def item_names(
     ds # A training set
 )->list: # Paths as text, the index of a `DataFrame`, or numbers; else positions
     "Name the items of a data set"
+    if isinstance(ds, Subset):
+        names = item_names(ds.dataset)
+        return [names[i] for i in ds.indices]
     n = len(ds) if hasattr(ds, '__len__') else 0
     items = getattr(ds, 'items', None)
     if isinstance(items, pd.DataFrame) and len(items) == n: return list(items.index)
@@ -51,13 +56,38 @@ class ItemSource:
     ):
         self.ds,self.vocab,self.n_classes,self.multi_label = ds,vocab,n_classes,multi_label
         self.kept_names = []
+        self.inputs,self.labels = some_inputs(ds),some_labels(ds)
 
-    def __len__(self): return len(self.ds) if hasattr(self.ds, '__len__') else 0
+    def __len__(self):
+        if self.ds is None: return len(self.kept_names)
+        return len(self.ds) if hasattr(self.ds, '__len__') else 0
     @property
     def names(self):
         "Names of the items, also after this was unpickled"
         return self.kept_names if self.ds is None else item_names(self.ds)
     def __getstate__(self): return vars(self) | dict(ds=None, kept_names=self.names)
+
+@patch
+def other_than(self:ItemSource,
+    old:ItemSource # Of an earlier fit
+)->str: # `items`, `classes` or `labels`; empty if all are the same
+    "What is other than in an earlier fit, so that what was learned there does not count here"
+    if len(self) != len(old): return 'items'
+    for name in ('vocab','n_classes'):
+        values = getattr(self, name),getattr(old, name)
+        if None not in values and values[0] != values[1]: return 'classes'
+    known = self.ds is old.ds or self._same_items(old)
+    if known is False: return 'items'
+    return 'labels' if other_labels(old.labels, self.labels, known) else ''
+
+@patch
+def _same_items(self:ItemSource, old):
+    "`None` where it cannot be told"
+    names = self.names
+    if names != old.names: return False
+    if not all(isinstance(o, int) for o in names): return True
+    others = other_inputs(old.inputs, self.inputs)
+    return None if others is None else not others
 
 # %% ../nbs/06b_state.ipynb #fc19ae0c
 class FitState:
@@ -66,6 +96,7 @@ class FitState:
         self.source,self.rows,self.known_noise = ItemSource(),[],None
         self.selection = Selection()
         self.single = None # the single model, its splitter and optimizer, while `lr_find` is at work
+        self.lent = None # items, source and noise record of earlier fits, until a fit begins, and under `lr_find`
         self.forget()
 
     def forget(self):
@@ -78,12 +109,6 @@ class FitState:
     def history(self):
         "Figures of each epoch trained with this callback, over all its fits"
         return pd.DataFrame(self.rows)
-
-    @property
-    def noise(self):
-        "Record of the corruption of the training set, if its true labels are known"
-        record = self.known_noise if self.learn is None else getattr(self.dls, 'noise', None)
-        return record if hasattr(record, 'flipped') else None
 
     @property
     def clean_flags(self):
@@ -121,6 +146,13 @@ class FitState:
     _kept = ('rows','done','before','R','least','gradual','warm_up')
 
 # %% ../nbs/06b_state.ipynb #095fcb03
+@patch(as_prop=True)
+def noise(self:FitState): # A `NoiseRecord`, or `None`
+    "Record of the corruption of the training set, if its true labels are known"
+    trained = self.learn is None or self.items is not None
+    record = self.known_noise if trained else getattr(self.dls, 'noise', None)
+    return record if hasattr(record, 'flipped') else None
+
 @patch(as_prop=True)
 def estimated_rate(self:FitState)->float: # NaN as long as there is no estimate
     "The estimated share of wrong labels"

@@ -17,7 +17,7 @@ from .selection import (check_forget_rate, forget_schedule, keep_count, select_s
 from .peers import check_k, check_seed, Peers
 from .processes import own_part, union
 from .batch import check_batch, is_validating, Selection
-from .step import BatchItems, NonFinite, QuickEvents, SmallLoss
+from .step import BatchItems, LeaveNothing, NonFinite, QuickEvents, SmallLoss
 from .record import Estimate, LostClasses, Record
 from .state import FitState, ForgetRate
 from .start import look_at_data, MakePeers, refuse_others, UndoPeers
@@ -81,8 +81,9 @@ class PeersCallback(FitState, Callback):
         self.restart,self.select = restart,select
         self.rounding,self.first_epoch = rounding,first_epoch
         self.small_loss,self.record = SmallLoss(self),Record(self)
-        self.parts = [QuickEvents(self), MakePeers(self), ForgetRate(self), BatchItems(self), NonFinite(self),
-                      self.small_loss, self.record, Estimate(self), LostClasses(self), UndoPeers(self)]
+        self.parts = [QuickEvents(self), LeaveNothing(self), MakePeers(self), ForgetRate(self), BatchItems(self),
+                      NonFinite(self), self.small_loss, self.record, Estimate(self), LostClasses(self),
+                      UndoPeers(self)]
         self.start_anew()
 
     @property
@@ -100,10 +101,8 @@ class PeersCallback(FitState, Callback):
         if not self.run: return
         self.undo()
         refuse_others(self)
-        self.known_noise = self.noise
-        if not self.finding: self._start_over_where_needed()
         self.accumulates = any(isinstance(cb, GradientAccumulation) for cb in self.learn.cbs)
-        self.selection = look_at_data(self)
+        self._look()
         self.learn.selection = self.selection
 
     def after_fit(self): self.undo()
@@ -115,16 +114,39 @@ def undo(self:PeersCallback):
     for part in self.parts: part.undo()
     vars(self.learn).pop('selection', None)
     self.selection = Selection()
+    if self.lent is not None: self.items,self.source,self.known_noise = self.lent
+    self.lent = None
 
 # %% ../nbs/07d_trainer.ipynb #7cb3dbb9
 @patch
-def _start_over_where_needed(self:PeersCallback):
+def _look(self:PeersCallback):
+    "Look at the data; nothing is known of them if they are others than before"
+    self.lent = self.items,self.source,self.known_noise
+    self.known_noise = getattr(self.dls, 'noise', None)
+    try: self.selection = look_at_data(self)
+    except BaseException:
+        self.undo()
+        raise
+    self._start_over_where_needed(self.lent[1])
+    if not self.finding: self.lent = None
+
+@patch
+def _start_over_where_needed(self:PeersCallback, old):
+    other = self.source.other_than(old) if len(old) else ''
+    if self.finding:
+        if other: self.items = None
+        return
     if self.restart: self.estimate = None
-    elif self.done and not isinstance(self.model, Peers):
-        warnings.warn(f"this {type(self).__name__} has trained another model: forget schedule, "
-                      "ledger and estimate of the noise rate start over; for each learner, make a "
-                      "callback of its own")
-        self.forget()
+    elif self.done and not isinstance(self.model, Peers): self._start_over('another model')
+    elif other: self._start_over(f'on other {other}')
+
+@patch
+def _start_over(self:PeersCallback, trained):
+    if self.done:
+        warnings.warn(f"this {type(self).__name__} has trained {trained}: forget schedule, ledger and "
+                      "estimate of the noise rate start over; for each learner and each training set, "
+                      "make a callback of its own")
+    self.forget()
 
 # %% ../nbs/07d_trainer.ipynb #e31ccf9e
 @patch

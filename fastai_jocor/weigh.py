@@ -11,7 +11,8 @@ __all__ = ['Weigh']
 import math, torch
 from fastai.basics import *
 from .processes import own_part, union
-from .evidence import close_epoch, estimate_from, Evidence, hide, keep_by_margin, look_at_batch
+from .evidence import (close_epoch, estimate_from, Evidence, forget_margins, hide, keep_by_margin,
+                                   look_at_batch)
 from .step import Part
 
 # %% ../nbs/07c_weigh.ipynb #ab142985
@@ -19,9 +20,7 @@ class Weigh(Part):
     "Gather evidence of wrong labels and of memorising, and select by it"
     order = 6
     def before_fit(self):
-        o = self.owner
-        if o.finding or o.evidence is None: return
-        if o.restart or o.evidence.n != len(o.source): o.evidence = None
+        if self.owner.restart and not self.owner.finding: self.owner.evidence = None
 
     def before_train(self):
         o = self.owner
@@ -66,6 +65,7 @@ class Weigh(Part):
                                        hide(s.log_probs, hidden), targ)
         usable = s.usable if s.unweighted is None else _and(s.usable, losses.detach().isfinite())
         with torch.no_grad():
+            forget_margins(e, targ, s.idx, o.items.given_label[s.idx])
             by = look_at_batch(e, s.pred, targ, s.idx, usable)
             times,n = self._select(e, by, usable if o.k > 1 else _and(usable, hidden < 0))
         if s.bad is not None: ranked = ranked.masked_fill(s.bad, torch.inf)

@@ -1,11 +1,13 @@
 "When things go wrong: bad numbers, bad data, dying workers, full disks, Ctrl-C."
-import os, random, signal, warnings, pytest, torch
+import ast, copy, gc, os, random, signal, warnings, weakref, pytest, torch
 import numpy as np
 import torch.nn.functional as F
-from fastai.vision.all import (Adam, Callback, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoader, DataLoaders,
-    IndexSplitter, Learner, TransformBlock, accuracy, nn)
+from fastai.vision.all import (Adam, Callback, CancelFitException, CancelValidException, CategoryBlock,
+    CrossEntropyLossFlat, DataBlock, DataLoader, DataLoaders, IndexSplitter, Learner, TransformBlock, accuracy, nn)
 from fastai_jocor.all import *
+from fastai_jocor.per_sample import per_sample_loss
 from fastai_jocor.trainer import PeersCallback
+from pathlib import Path
 from learners import SCHEDULE, digits, fast_adam, finite, plain, quiet, tensors, weights
 
 optimizers = pytest.mark.parametrize('opt_func', (Adam, fast_adam), ids=('fastai','torch'))
@@ -175,6 +177,41 @@ def test_workers_that_die(tmp_path):
     learn.fit(2, 1e-3, cbs=(cb := JoCorCallback(k=2, forget_rate=.2)))
     assert len(cb.history) == 2 and finite(learn.model)
 
+# --- losses that fail
+
+def out_of_range(z, y): return z[:,9].mean()
+
+def fails_unreduced(z, y, reduction='mean'):
+    if reduction == 'none': raise KeyError('no table of losses')
+    return F.cross_entropy(z, y)
+
+LOSSES = [(nn.CrossEntropyLoss(weight=torch.ones(4, dtype=torch.float64)), RuntimeError, 'fails on .*expected scalar'),
+    (nn.CrossEntropyLoss(weight=torch.ones(3)), RuntimeError, r'fails on logits of shape \(6, 4\) .*all 4 classes'),
+    (out_of_range, IndexError, 'out_of_range.* fails on logits .*index 9 is out of bounds'),
+    (fails_unreduced, KeyError, "with reduction='none', KeyError: 'no table of losses'"),
+    (lambda z,y: z.mean(), TypeError, "per sample.*unexpected keyword argument 'reduction'"),
+    (lambda z,y,reduction=None: 0., type(None), 'cannot be reduced per sample')]
+
+@pytest.mark.parametrize('loss_func,cause,msg', LOSSES)
+def test_a_loss_that_fails_says_why(loss_func, cause, msg):
+    with pytest.raises(ValueError, match=msg) as told: per_sample_loss(loss_func, torch.randn(6,4), torch.arange(6) % 4)
+    assert type(told.value.__cause__) is cause
+
+def replaced_without_cause(source):
+    "Lines on which a caught exception is replaced by another that does not name it as its cause"
+    handlers = [o for o in ast.walk(ast.parse(source)) if isinstance(o, ast.ExceptHandler)]
+    raises = [(h, o) for h in handlers for o in ast.walk(h) if isinstance(o, ast.Raise) and o.exc is not None]
+    return [o.lineno for h,o in raises if not (isinstance(o.cause, ast.Name) and o.cause.id == h.name)]
+
+def test_no_cause_is_swallowed():
+    home = Path(per_sample_loss.__code__.co_filename).parent
+    found = {p.name: replaced_without_cause(p.read_text(encoding='utf-8')) for p in home.rglob('*.py')}
+    assert len(found) > 30 and not {name: o for name,o in found.items() if o}
+    code = 'try: f()\nexcept OSError as e:\n  {}\n'
+    assert replaced_without_cause(code.format('raise ValueError("no") from None')) == [3]
+    assert replaced_without_cause(code.format('raise ValueError("no")')) == [3]
+    assert not replaced_without_cause(code.format('raise ValueError("no") from e')+'  raise\n')
+
 # --- full disks and interruptions
 
 def fill_disk_at(monkeypatch, n):
@@ -199,6 +236,38 @@ def test_a_full_disk_at_checkpoint_time(tmp_path, monkeypatch):
     cb = fit(digits(path=tmp_path))
     assert len(cb.history) == 5 and cb.ledger.seen.max() == 5
     learn.fit(1, cbs=JoCorCallback(k=2))
+
+class Peek(Callback):
+    "Remember what belongs to each batch without keeping it, and raise in the second epoch"
+    order,run_valid = 90,False
+    kinds = 'log_probs','logits','pred','losses','targ','kept'
+    def __init__(self, event, error):
+        self.seen,self.error = [],error
+        setattr(self, event, self.stop)
+    def after_loss(self):
+        s = self.learn.selection
+        self.seen += [weakref.ref(getattr(s, kind)) for kind in self.kinds]
+        self.seen += [weakref.ref(o) for o in (self.learn.xb[0], self.learn.loss_grad)]
+    def stop(self):
+        if self.epoch == 1 and (self.iter == 2 or not self.training): raise self.error('now')
+
+ENDS = [('before_validate', CancelValidException), ('after_batch', CancelFitException),
+    ('after_pred', KeyboardInterrupt), ('after_backward', RuntimeError), ('after_epoch', KeyboardInterrupt),
+    ('before_validate', RuntimeError)]
+
+@pytest.mark.parametrize('kw', (dict(), dict(prune='exact', forget_rate=.3)))
+@pytest.mark.parametrize('event,error', ENDS)
+def test_nothing_of_a_batch_outlives_the_fit(event, error, kw):
+    learn,peek = digits(cbs=(cb := JoCorCallback(k=2, **kw))),Peek(event, error)
+    try: learn.fit(2, 1e-3, cbs=peek)
+    except (KeyboardInterrupt, RuntimeError) as e: assert type(e) is error
+    gc.collect()
+    assert peek.seen and not [o() for o in peek.seen if o() is not None]
+    assert not {'_with_events','_call_one','selection'} & set(vars(learn))
+    assert learn.loss_grad is None and learn.pred is None and cb.record.sightings is None
+    twin = copy.deepcopy(learn)
+    twin.fit(1, 1e-3)
+    assert len(twin.jo_cor.history) == len(cb.history)+1 and isinstance(learn.loss_func, CrossEntropyLossFlat)
 
 class Interrupt(Callback):
     "A real SIGINT at the n-th event"

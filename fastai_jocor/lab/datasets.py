@@ -129,7 +129,7 @@ def _read_batches(name, path, found, download):
     try: train,test = _from_torchvision(cls, root, fetch)
     except (RuntimeError, OSError) as e:
         wanted = f"train/<class>/ and test/<class>/ with images, or torchvision's {folder}"
-        raise _not_found(name, looked, wanted, fetch, e) from None
+        raise _not_found(name, looked, wanted, fetch, e) from e
     images,labels = np.concatenate([train.data, test.data]),np.array(train.targets+test.targets)
     return images,labels,len(train.targets),train.classes,None
 
@@ -190,7 +190,7 @@ def mnist_dls(
         root,fetch = Path(ifnone(path, fastai_path('data'))),ifnone(download, path is None)
         try: train,test = _from_torchvision(tvd.MNIST, root, fetch)
         except (RuntimeError, OSError) as e:
-            raise _not_found('MNIST', [root], f"the four files of MNIST under {root/'MNIST'/'raw'}", fetch, e) from None
+            raise _not_found('MNIST', [root], f"the four files of MNIST under {root/'MNIST'/'raw'}", fetch, e) from e
         labels = torch.cat([train.targets, test.targets]).numpy()
         return torch.cat([train.data, test.data]),labels,len(train.data),[str(i) for i in range(10)],None
     return _paper_dls(read, mnist_stats, noise, seed, bs, **kwargs)

@@ -132,7 +132,7 @@ def _workers(backend, n_jobs, address):
             register_ray()
         client = __import__('distributed').Client(address) if backend == 'dask' else nullcontext()
     except ImportError as e:
-        raise ValueError(f"backend={backend!r} needs {e.name}: pip install 'fastai_jocor[{backend}]'") from None
+        raise ValueError(f"backend={backend!r} needs {e.name}: pip install 'fastai_jocor[{backend}]'") from e
     with client, parallel_config(backend, n_jobs=n_jobs): yield
 
 def _check_data(cfgs, path):

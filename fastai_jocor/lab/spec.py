@@ -31,8 +31,8 @@ def load_yaml(
 )->object: # Plain values
     "Read plain values from YAML; tags and double keys are refused, and nothing in it runs"
     try: return yaml.load(text, _PlainLoader)
-    except yaml.YAMLError as e: raise ValueError(f"{what} is no YAML: {e}") from None
-    except ValueError as e: raise ValueError(f"{what}, {e}") from None
+    except yaml.YAMLError as e: raise ValueError(f"{what} is no YAML: {e}") from e
+    except ValueError as e: raise ValueError(f"{what}, {e}") from e
 
 types = {f.name: (f.type, f.default) for f in fields(RunConfig)}
 _kinds = {int: 'a whole number', float: 'a number', str: 'text', dict: 'a mapping'}
@@ -137,4 +137,4 @@ def read_grid(
     try:
         if isinstance(spec, dict): load_plugins(spec.get('plugins', []), Path(file or '').parent)
         return grid_configs({} if spec is None else spec, **values)
-    except ValueError as e: raise ValueError(f'{e}' if file is None else f'{file}: {e}') from None
+    except ValueError as e: raise ValueError(f'{e}' if file is None else f'{file}: {e}') from e
