@@ -24,6 +24,9 @@ from .blocks import make_noise, NoisyCategoryBlock, show_flipped
 from .files import load_ledger, read_table, save_ledger, write_table
 from .audit import rank_suspects
 from .cleaning import cleaned
+from .features import feature_dls
+from .heads import feature_learner
+from .find import audit_labels, LabelAudit
 from .lab.store import CropFlip
 from .lab.data import InMemoryDataLoaders
 from .lab.datasets import cifar100_dls, cifar10_dls, digits_dls, jocor_cnn, jocor_mlp, mnist_dls

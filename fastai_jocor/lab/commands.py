@@ -7,28 +7,23 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/lab/commands.html.md"""
 # %% auto #0
 __all__ = ['jocor_train', 'jocor_bench', 'jocor_report', 'jocor_demo', 'jocor_audit']
 
-# %% ../../nbs/lab/06_commands.ipynb #1ab60002
-import shlex, sys, time, pandas as pd, torch
-import matplotlib.pyplot as plt
+# %% ../../nbs/lab/06_commands.ipynb #ab13e6a7
+import shlex, sys, time, warnings
 from datetime import date
 from pathlib import Path
+from typing import Annotated
 from fastcore.meta import delegates
 from fastcore.script import call_parse
 import fastai_jocor
-from typing import Annotated
-from ..files import how_to_read, write_text
-from .config import RunConfig
-from .spec import read_grid
-from .run import run
-from .results import finished, pack as pack_runs
-from .grid import check_grid, run_grid
-from .tables import compare, each_difference, read_results, score_frame, score_table, unfinished
-from .plots import plot_curves
-from .report import last_epochs, report_blocks, write_report
-from .review import audit, write_cleaned
 
-# %% ../../nbs/lab/06_commands.ipynb #16bc4404
+# %% ../../nbs/lab/06_commands.ipynb #5d35021d
 _Version = Annotated[bool, dict(action='version', version=f'fastai_jocor {fastai_jocor.__version__}')]
+
+def _import_fastai():
+    "Import fastai without torch's warning about what fastai uses, with which every command would begin"
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', '.*torch.jit.script.*deprecated', FutureWarning)
+        import fastai.vision.all
 
 def _run_fields(
     dataset:str=None, # digits (the default), mnist, cifar10 or cifar100
@@ -52,7 +47,9 @@ def _run_fields(
     version:_Version=False # Say which version this is, and exit
 ): "Fields of a run as text"
 
-def _configs(grid, fields): return read_grid(grid, **{n: v for n,v in fields.items() if v is not None})
+def _configs(grid, fields):
+    from fastai_jocor.lab.spec import read_grid
+    return read_grid(grid, **{n: v for n,v in fields.items() if v is not None})
 
 @call_parse
 @delegates(_run_fields)
@@ -64,6 +61,9 @@ def jocor_train(
     **fields
 ):
     "Train on noisy labels: print the epoch table, and write history, picture, weights and result"
+    _import_fastai()
+    import torch
+    from fastai_jocor.lab.run import run
     if threads: torch.set_num_threads(threads)
     try:
         cfgs = _configs(None, dict(schedule=schedule, **fields))
@@ -77,7 +77,7 @@ def jocor_train(
           f"last {min(10, c['epochs'])} epochs: accuracy {res['ensemble_accuracy']:.4f}, "
           f"mean of the single peers {res['peer_accuracy']:.4f}{precision}\nwritten to {out}")
 
-# %% ../../nbs/lab/06_commands.ipynb #5c10000c
+# %% ../../nbs/lab/06_commands.ipynb #5818c507
 @call_parse(pos=['grid'])
 @delegates(_run_fields)
 def jocor_bench(
@@ -93,6 +93,9 @@ def jocor_bench(
     **fields
 ):
     "Do the runs of a grid that are not done yet, and go on with those that were killed"
+    _import_fastai()
+    from fastai_jocor.lab.results import finished, pack as pack_runs
+    from fastai_jocor.lab.grid import check_grid, run_grid
     try:
         cfgs = _configs(grid, dict(schedule=schedule, **fields))
         out = Path(out or f"runs/{Path(grid).stem if grid else 'bench'}")
@@ -105,8 +108,10 @@ def jocor_bench(
     except KeyboardInterrupt: sys.exit('\njocor_bench: stopped; the same command goes on from here')
     print(f'written to {out}; the report: jocor_report {out}')
 
-# %% ../../nbs/lab/06_commands.ipynb #8e900023
+# %% ../../nbs/lab/06_commands.ipynb #c2dc99c2
 def _all_differences(df, reference):
+    import pandas as pd
+    from fastai_jocor.lab.tables import each_difference
     groups = df.groupby('protocol', sort=False)
     return pd.concat([d.assign(protocol=o) for o,rs in groups for _,d in each_difference(rs, reference)])
 
@@ -125,6 +130,10 @@ def jocor_report(
     version:_Version=False # Say which version this is, and exit
 ):
     "Report the results of a grid: report.md, report.html, runs.csv, scores.csv, differences.csv and pictures"
+    _import_fastai()
+    from fastai_jocor.files import write_text
+    from fastai_jocor.lab.tables import read_results, score_frame, score_table, unfinished
+    from fastai_jocor.lab.report import last_epochs, report_blocks, write_report
     try:
         df = read_results(folder, last)
         if reference is not None and reference not in set(df.label):
@@ -141,8 +150,9 @@ def jocor_report(
         print(f'\n{p}: single peers, {last_epochs(last, rs)}, percent\n\n{table.to_string()}')
     print(f"\nwritten to {out}: report.html, report.md, runs.csv, scores.csv, differences.csv")
 
-# %% ../../nbs/lab/06_commands.ipynb #1accf578
+# %% ../../nbs/lab/06_commands.ipynb #ce976ebe
 def _demo_grid(epochs, seeds):
+    from fastai_jocor.lab.config import RunConfig
     ways = (('standard',1), ('jocor',2), ('jocor',3))
     same = dict(bs=64, lr=2e-2, epochs=epochs, schedule='one_cycle')
     return [RunConfig(method=m, k=k, seed=s, **same) for m,k in ways for s in range(seeds)]
@@ -156,6 +166,11 @@ def jocor_demo(
     version:_Version=False # Say which version this is, and exit
 ):
     "Train on digits with half of the labels wrong: one network plainly, two peers and three peers, and compare"
+    _import_fastai()
+    import matplotlib.pyplot as plt
+    from fastai_jocor.lab.grid import run_grid
+    from fastai_jocor.lab.tables import compare, read_results
+    from fastai_jocor.lab.plots import plot_curves
     if seeds < 1: sys.exit(f'jocor_demo: seeds={seeds} must be at least 1')
     start,out = time.perf_counter(),Path(out)
     try: cfgs = _demo_grid(epochs, seeds)
@@ -170,23 +185,44 @@ def jocor_demo(
           f"and the best epoch apart:\n\n{table.to_string()}\n\n"
           f"{time.perf_counter()-start:.0f} s. The picture: {out/'demo.png'}")
 
-# %% ../../nbs/lab/06_commands.ipynb #a0d17c0d
+# %% ../../nbs/lab/06_commands.ipynb #71b63811
 @call_parse
-@delegates(audit, but='resume')
 def jocor_audit(
     source:str, # Folder with a folder of images for each class, or a CSV with columns for file and label
-    apply:str=None, # reviewed.csv, exported from the page: write cleaned.csv instead of training
-    no_resume:bool=False, # Start over where an earlier audit into the same folder was interrupted
+    apply:str=None, # reviewed.csv, exported from the page: write cleaned.csv instead of an audit
+    copy_to:str=None, # With --apply: a new folder to copy the cleaned images into
+    path:str=None, # Folder that the CSV's files are relative to; default: the CSV's own
     file_col:str='file', # Column of the CSV with the files
     label_col:str='label', # Column of the CSV with the labels
-    out:str='audit', # Output folder
-    version:_Version=False, # Say which version this is, and exit
-    **kwargs
+    valid_col:str=None, # Column of the CSV that marks items for validation; default: all are trained on
+    true_col:str=None, # Column of the CSV with true labels where they are known, to see how good the list is
+    out:str='audit', # Output folder; features are kept there, so that a second audit takes seconds
+    arch:str='resnet18', # Network with a pretrained body, of torchvision or timm
+    weights:str=None, # File of its weights; default: the published ones, downloaded once
+    no_pretrained:bool=False, # Train a whole network from scratch
+    fine_tune:int=0, # Epochs in which the body is trained too; slow
+    k:int=3, # Number of peers, at least 2
+    co_lambda:float=None, # Weight of the contrast, in [0, 1]; default: found in training
+    forget_rate:float=None, # Share of wrong labels, in [0, 1); default: found in training
+    epochs:int=None, # Number of epochs; default: 10 to 30
+    size:int=128, # Side to which images are brought, in pixels
+    bs:int=64, # Images per batch
+    n:int=None, # At most so many suspects; default: all that are probably wrong
+    least:float=.5, # Least probability that the label of a suspect is wrong, in [0, 1]
+    seed:int=0, # Seed of weights and batches
+    version:_Version=False # Say which version this is, and exit
 ):
-    "Find wrong labels of images: write suspects.csv and suspects.html; with --apply, a clean list of labels"
+    "Find wrong labels of images: write suspects.csv, items.csv and suspects.html; with --apply, clean the labels"
+    given = dict(locals())
+    own = ('source','apply','copy_to','version')
+    command = ' '.join(['jocor_audit', *map(shlex.quote, sys.argv[1:])])
     try:
-        if apply: write_cleaned(source, apply, file_col, label_col, out)
-        else: audit(source, file_col=file_col, label_col=label_col, out=out, resume=not no_resume, **kwargs)
+        _import_fastai()
+        from fastai_jocor.files import how_to_read
+        from fastai_jocor.lab.review import audit, write_cleaned
+        if not apply: audit(source, command=command, **{name: o for name,o in given.items() if name not in own})
+        else: write_cleaned(source, apply, file_col, label_col, out, path, copy_to)
     except (ValueError, OSError) as e: sys.exit(f'jocor_audit: {e}')
+    except KeyboardInterrupt: sys.exit('\njocor_audit: stopped; the same command goes on from here')
     if not apply and (how := how_to_read(Path(out)/'suspects.csv')):
         print(f'pandas takes some of the names for missing values; read them by {how}')
