@@ -215,7 +215,7 @@ def feature_dls(
     bs:int=None, # Items a batch in training on features; `None`: 64, or 128 from 5,000 items on
     body_bs:int=64, # Items a batch of the body
     n_components:int=256, # At most so many principal components
-    seed:int=0, # Of the components
+    seed:int=0, # Of the components, and of the order of batches
     progress:bool=True # Show a bar
 )->DataLoaders: # With `projection`, the layer between body and head
     "`DataLoaders` of what the learner's body sees, with the same items, labels, classes and split"
@@ -231,6 +231,7 @@ def feature_dls(
     bs = bs or (64 if len(xs[0]) < 5000 else 128)
     projection = Projection(xs[0], n_components, seed)
     new = [_feature_dl(_projected(projection, x), dl, vocab, bs, i == 0) for i,(x,dl) in enumerate(zip(xs, sets))]
+    new[0].rng.seed(seed)
     if len(new) == 1: new.append(new[0].new(new[0].dataset.new_empty(), shuffle=False, drop_last=False))
     return _like(dls, new, projection)
 

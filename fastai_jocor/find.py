@@ -18,7 +18,7 @@ from .callback import JoCorCallback
 from .features import FeatureItems, given_labels
 from .neighbours import far_out, near_duplicates, nearest
 from .audit import show_item
-from .judge import fit_heads, Judgement, peer_log_probs
+from .judge import fine_tuned, fit_heads, Judgement, peer_log_probs
 
 # %% ../nbs/16b_find.ipynb #a2088960
 def nearest_of(

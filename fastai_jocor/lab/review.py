@@ -124,9 +124,11 @@ def audit(
 )->pd.DataFrame: # The suspects, by position in the list of labels
     "Find the labels of images that look wrong: write suspects.csv, items.csv and suspects.html"
     check_seed(seed)
-    whole = dict(size=(size,1), bs=(bs,1), n=(ifnone(n, 0),0), epochs=(ifnone(epochs, 1),1), fine_tune=(fine_tune,0))
+    whole = dict(k=(k,2), size=(size,1), bs=(bs,1), n=(ifnone(n, 0),0), epochs=(ifnone(epochs, 1),1),
+                 fine_tune=(fine_tune,0))
     for name,(v,low) in whole.items():
         check_number(name, v, lambda v: isinstance(v, int) and v >= low, f'be an integer of at least {low}')
+    check_number('least', least, lambda v: 0 <= v <= 1, 'lie in [0, 1]: the least probability that a label is wrong')
     source,out = Path(source),Path(out)
     root = Path(path or (source if source.is_dir() else source.parent))
     labels = read_labels(source, file_col, label_col)
