@@ -15,7 +15,7 @@ from fastai.vision.data import get_grid
 from .losses import check_number
 from .state import class_names_of, item_names
 from .callback import JoCorCallback
-from .features import FeatureItems, given_labels
+from .features import body_of, FeatureItems, given_labels
 from .neighbours import far_out, near_duplicates, nearest
 from .audit import show_item
 from .judge import fine_tuned, fit_heads, Judgement, peer_log_probs
@@ -87,11 +87,15 @@ def trusted(self:LabelAudit)->bool: # False where the numbers are a guess
     "Whether the networks know enough to tell how many labels are wrong"
     return self.judged['train'].trusted
 
+def _check_part(part):
+    if part not in (None,'train','valid'): raise ValueError(f"part={part!r} must be 'train', 'valid' or None for both")
+
 @patch
 def expected_wrong(self:LabelAudit,
     part:str=None # `train` or `valid`; `None` for both
 )->dict: # `expected`, `low` and `high`, numbers of labels; `n`, of which there are
     "How many labels are wrong"
+    _check_part(part)
     js = [j for name,j in self.judged.items() if part in (None,name)]
     total = lambda of: float(sum(of(j)*len(j.given) for j in js))
     return dict(expected=total(lambda j: j.p_wrong.mean()), low=total(lambda j: j.low), high=total(lambda j: j.high),
@@ -118,7 +122,8 @@ def suspects(self:LabelAudit,
 )->pd.DataFrame: # Rows of `table`, the most probably wrong first
     "The items whose labels are probably wrong"
     check_number('least', least, lambda v: 0 <= v <= 1, 'lie in [0, 1]: the least probability that a label is wrong')
-    if part not in (None,'train','valid'): raise ValueError(f"part={part!r} must be 'train', 'valid' or None for both")
+    check_number('n', ifnone(n, 0), lambda v: isinstance(v, int) and v >= 0, 'be an integer of at least 0, or None for all')
+    _check_part(part)
     t = self.table if part is None else self.table[self.table.part == part]
     if not self.learned or not self.trusted: warnings.warn(str(self))
     if not self.learned and not anyway: return t[:0]
@@ -176,10 +181,12 @@ def audit_labels(
     **kwargs # To `JoCorCallback`
 )->LabelAudit: # The probabilities, the suspects, and the heads
     "Find the labels of a learner's items that are probably wrong"
+    check_number('fine_tune', fine_tune, lambda v: isinstance(v, int) and v >= 0, 'be an integer of at least 0: epochs')
+    if fine_tune and not (features and body_of(learn.model) is not None):
+        raise ValueError(f"fine_tune={fine_tune} needs features of a body: without, the whole model is trained anyway")
     heads,cb = fit_heads(learn, k, epochs, lr, folder, features, seed, progress, **kwargs)
     on_features = isinstance(heads.dls.train.dataset, FeatureItems)
     known = nearest_of(heads.dls) if neighbours and on_features else None
     if fine_tune:
-        if not on_features: raise ValueError(f"fine_tune={fine_tune} needs features: the whole model is trained anyway")
         heads,cb = fine_tuned(learn, heads, cb, fine_tune, progress=progress)
     return LabelAudit(learn, heads, cb, known)

@@ -11,7 +11,7 @@ __all__ = ['new_head', 'fused_adam', 'feature_learner']
 from copy import deepcopy
 from fastai.basics import *
 from fastai.text.models.core import PoolingLinearClassifier
-from .peers import Peers
+from .peers import copied, Peers
 from .learner import *
 from .features import body_of, feature_dls, FeatureItems, Pool
 
@@ -47,7 +47,7 @@ def feature_learner(
 # %% ../nbs/13c_heads.ipynb #961ef6ed
 def _headed(model, projection, head):
     "A copy of a model with a projection and a head in place of its own head"
-    model = deepcopy(model)
+    model = copied(model)
     rest = nn.Sequential(projection, head)
     if isinstance(model[1], PoolingLinearClassifier): model[1].layers = rest
     else: model[1] = nn.Sequential(Pool(), *rest)

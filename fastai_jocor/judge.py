@@ -10,11 +10,12 @@ __all__ = ['default_epochs', 'NoValidation', 'fit_heads', 'fine_tuned', 'peer_lo
 # %% ../nbs/16_judge.ipynb #29d947f4
 import numpy as np
 from contextlib import nullcontext
-from copy import deepcopy
 from scipy.special import logsumexp
 from fastai.basics import *
+from .losses import check_number
 from .interval import sure_error, wrong_share
-from .peers import check_k, Peers, reset_weights
+from .per_sample import first_output, is_multi_label
+from .peers import check_k, copied, Peers, reset_weights
 from .callback import JoCorCallback
 from .features import body_of, feature_dls, in_order
 from .posterior import LabelPosterior, shifted
@@ -24,7 +25,7 @@ from .heads import feature_learner, fused_adam
 def _whole_model(learn):
     "A learner on the same data with new weights, for a model without a body"
     model = learn.model.peer(0) if isinstance(learn.model, Peers) else learn.model
-    model = reset_weights(deepcopy(model), seed=int(torch.randint(2**31, (1,))))
+    model = reset_weights(copied(model), seed=int(torch.randint(2**31, (1,))))
     return Learner(learn.dls, model, loss_func=learn.loss_func, opt_func=fused_adam, path=learn.path)
 
 def default_epochs(
@@ -32,6 +33,19 @@ def default_epochs(
 )->int: # 10 to 30
     "Epochs to train the heads for"
     return 30 if n < 1000 else 15 if n < 10_000 else 10
+
+def _check(learn, k, epochs, lr, kwargs):
+    "Refuse what cannot be audited, before anything is computed"
+    if check_k(k) < 2:
+        raise ValueError(f"k={k} must be at least 2: each label is judged by a network that was not told it")
+    if epochs is not None:
+        whole = lambda v: isinstance(v, int) and v >= 1
+        check_number('epochs', epochs, whole, 'be an integer of at least 1, or None: 10 to 30')
+    check_number('lr', lr, lambda v: v > 0, 'be above 0: the largest learning rate')
+    for name in ('rule','hidden'):
+        if name in kwargs: raise ValueError(f"{name}={kwargs[name]!r} cannot be chosen: each label is hidden from one peer")
+    if is_multi_label(learn.loss_func, torch.zeros(1,1)):
+        raise ValueError(f"learn has several labels an item ({learn.loss_func}): its labels are judged as one class an item")
 
 class NoValidation(Callback):
     "Spend no time on a validation set whose figures nobody reads"
@@ -50,8 +64,7 @@ def fit_heads(
     **kwargs # To `JoCorCallback`
 )->tuple: # A learner on features, or on the items where there are none; the callback that trained it
     "Train several heads on what the learner's body sees, each without a part of the labels"
-    if check_k(k) < 2:
-        raise ValueError(f"k={k} must be at least 2: each label is judged by a network that was not told it")
+    _check(learn, k, epochs, lr, kwargs)
     features = features and body_of(learn.model) is not None
     dls = feature_dls(learn, folder, seed=seed, progress=progress) if features else learn.dls
     set_seed(seed)
@@ -71,7 +84,7 @@ def fine_tuned(
     progress:bool=True # Show bars
 )->tuple: # A learner on the items; the callback that trained it
     "Train the body too, with the heads back on it"
-    whole = Learner(learn.dls, deepcopy(learn.model), loss_func=learn.loss_func, splitter=learn.splitter, path=learn.path)
+    whole = Learner(learn.dls, copied(learn.model), loss_func=learn.loss_func, splitter=learn.splitter, path=learn.path)
     whole.take_heads(heads).unfreeze()
     again = JoCorCallback(k=cb.k, hidden=1/cb.k, seed=cb.seed, rule='evidence')
     with whole.no_logging(), nullcontext() if progress else whole.no_bar():
@@ -86,7 +99,7 @@ def peer_log_probs(
     "What each peer says of each item, in the order of the data set"
     model = learn.model.eval()
     device = next(model.parameters()).device
-    say = lambda x: torch.stack([model.peer(i)(*to_device(x, device)) for i in range(model.k)])
+    say = lambda x: torch.stack([first_output(model.peer(i)(*to_device(x, device))) for i in range(model.k)])
     said = [say(x).as_subclass(Tensor).float().log_softmax(-1).cpu() for x in in_order(dl, bs=512, progress=False)]
     return torch.cat(said, 1).numpy()
 
