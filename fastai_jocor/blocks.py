@@ -16,6 +16,7 @@ from fastai.data.block import CategoryBlock, TransformBlock
 from fastai.data.transforms import Categorize, Category
 from fastai.tabular.core import Tabular
 from fastai.torch_core import show_title
+from .losses import did_you_mean
 from .noise import Asymmetric, LabelNoise, NoiseRecord, PairFlip, Symmetric, _record_of
 from .instance import InstanceDependent
 from .human import HumanLabels
@@ -41,7 +42,10 @@ def make_noise(
     try: rate = float(rate)
     except ValueError: name = ''
     if name not in noise_models or name == 'human' or len(args) > (name == 'asymmetric'):
-        raise ValueError(f"noise={noise!r} must be a noise model, such as Symmetric(0.2), or written as {_written}")
+        kind = str(noise).partition(':')[0]
+        hint = '' if kind in noise_models else did_you_mean(kind, [*noise_models,'none'])
+        raise ValueError(f"noise={noise!r} must be a noise model, such as Symmetric(0.2), or written as "
+                         f"{_written}{hint}")
     return noise_models[name](rate, *args, **exact)
 
 # %% ../nbs/12_blocks.ipynb #12e84b05
