@@ -16,10 +16,10 @@ from fastai.data.block import CategoryBlock, TransformBlock
 from fastai.data.transforms import Categorize, Category
 from fastai.tabular.core import Tabular
 from fastai.torch_core import show_title
-from .losses import did_you_mean
 from .noise import Asymmetric, LabelNoise, NoiseRecord, PairFlip, Symmetric, _record_of
 from .instance import InstanceDependent
 from .human import HumanLabels
+from .losses import did_you_mean
 
 # %% ../nbs/12_blocks.ipynb #7ee0b9f2
 noise_models = dict(symmetric=Symmetric, pairflip=PairFlip, asymmetric=Asymmetric,
