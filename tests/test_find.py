@@ -3,8 +3,8 @@ import shutil, numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from pathlib import Path
 from fastai.tabular.all import Normalize, TabularPandas, tabular_learner
-from fastai.vision.all import Brightness, CategoryBlock, DataBlock, Flip, get_image_files, ImageBlock, parent_label, PILImage
-from fastai.vision.all import RandomSplitter, Resize, resnet18, set_seed, vision_learner
+from fastai.vision.all import Brightness, CategoryBlock, DataBlock, Flip, get_image_files, ImageBlock, parent_label
+from fastai.vision.all import PILImage, RandomSplitter, Resize, resnet18, set_seed, vision_learner
 from fastai_jocor.all import audit_labels, cleaned, feature_dls, JoCorCallback, NoisyCategoryBlock, Peers, Symmetric
 from fastai_jocor.features import body_of, given_labels, in_order, kept_features
 from fastai_jocor.judge import Judgement
@@ -41,7 +41,8 @@ def test_features_are_of_validation_transforms_and_kept(few):
     body = body_of(learn.model).eval()
     with torch.no_grad(): want = torch.cat([body(o[0]) for o in in_order(learn.dls.train, bs=7, progress=False)])
     kept = kept_features(body, learn.dls.train, learn.path/'features')
-    plain = torch.cat([body(learn.dls.test_dl(learn.dls.train_ds.items, bs=9, num_workers=0).one_batch()[0][:9])]).detach()
+    nine = learn.dls.test_dl(learn.dls.train_ds.items[:9], bs=9, num_workers=0).one_batch()[0]
+    plain = body(nine).detach()
     np.testing.assert_allclose(kept[:9], plain, atol=1e-3)
     np.testing.assert_allclose(kept, want, atol=1e-3)
     assert learn.dls.train_ds.split_idx == 0 and len(files_of(learn)) == 2
@@ -118,7 +119,8 @@ def test_a_judgement():
     assert calibration_error(j.p_wrong, wrong) < .05
     assert abs(j.p_wrong.mean()-wrong.mean()) < .03
     assert (j.untold == said[hidden,np.arange(len(given))]).all()
-    assert (j.believed != given).all() and (j.believed[wrong & (j.p_wrong > .9)] == given[wrong & (j.p_wrong > .9)]-1).all()
+    sure = wrong & (j.p_wrong > .9)
+    assert (j.believed != given).all() and (j.believed[sure] == given[sure]-1).all()
 
 def test_the_matrix_tells_errors_in_pairs_from_doubt():
     "Bayes with the transition matrix ranks better than the probability of the label alone"
@@ -183,7 +185,8 @@ def test_nothing_learned_lists_nothing(few):
     audit = audit_labels(learn, progress=False)
     assert not audit.learned and 'nothing can be said' in str(audit)
     with pytest.warns(UserWarning, match='nothing can be said'): assert not len(audit.suspects())
-    with pytest.warns(UserWarning, match='nothing can be said'): assert len(audit.suspects(least=0., anyway=True)) == len(items)
+    with pytest.warns(UserWarning, match='nothing can be said'): all_of_them = audit.suspects(least=0., anyway=True)
+    assert len(all_of_them) == len(items)
 
 def test_near_duplicates_and_strangers(few):
     items = get_image_files(few).sorted()
