@@ -19,6 +19,7 @@ from fastai.torch_core import show_title
 from .noise import Asymmetric, LabelNoise, NoiseRecord, PairFlip, Symmetric, _record_of
 from .instance import InstanceDependent
 from .human import HumanLabels
+from .losses import did_you_mean
 
 # %% ../nbs/12_blocks.ipynb #7ee0b9f2
 noise_models = dict(symmetric=Symmetric, pairflip=PairFlip, asymmetric=Asymmetric,
@@ -39,6 +40,8 @@ def make_noise(
     rate,*args = rest.split(':')
     exact,args = dict(exact=True) if 'exact' in args else {},[o for o in args if o != 'exact']
     error = f"noise={noise!r} must be a noise model, such as Symmetric(0.2), or written as {_written}"
+    kind = str(noise).partition(':')[0]
+    error += '' if kind in noise_models else did_you_mean(kind, [*noise_models,'none'])
     try: rate = float(rate)
     except ValueError as e: raise ValueError(error) from e
     if name not in noise_models or name == 'human' or len(args) > (name == 'asymmetric'): raise ValueError(error)

@@ -25,7 +25,8 @@ def _readers(ds):
         return row, ds.items[ds.y_names[0]].iloc.__getitem__ if len(ds.y_names) == 1 else None
     if len(tls := getattr(ds, 'tls', [])) == 2: return tls[0].__getitem__, tls[1].__getitem__
     if isinstance(ds, TensorDataset): return ds.tensors[0].__getitem__, ds.tensors[-1].__getitem__
-    if isinstance(ds, (list,tuple,L)): return (lambda i: ds[i][0]), (lambda i: ds[i][-1])
+    if isinstance(ds, (list,tuple,L)) and len(ds) and isinstance(ds[0], (list,tuple)):
+        return (lambda i: ds[i][0]), (lambda i: ds[i][-1])
     if getattr(ds, 'target_transform', None) is not None: return None, None
     return None, getattr(getattr(ds, 'targets', None), '__getitem__', None)
 

@@ -62,9 +62,8 @@ def update(self:Ledger,
     given_label:Tensor # Given label of each, shape (m,); -1 where it is not one class
 ):
     "Add what was seen of some items; what was seen with another label no longer counts"
-    before = self.given_label[idx]
-    self.forget(idx[(before >= 0) & (given_label >= 0) & (before != given_label)])
-    scored = ~loss.isnan()
+    scored,before = ~loss.isnan(),self.given_label[idx]
+    self.forget(idx[scored & (before >= 0) & (given_label >= 0) & (before != given_label)])
     self.seen.index_add_(0, idx, torch.ones_like(idx, dtype=torch.int32))
     self.kept.index_add_(0, idx, kept.float())
     idx,loss = idx[scored],loss[scored]

@@ -144,6 +144,9 @@ class Record(Part):
         self.figures = self._figures(s, seen)
         self.by_class = None if s.multi_label else class_counts(seen, s.n_classes)
         if s.items is None or owner.finding: return
+        before,scored = owner.items.given_label[seen['idx']],~seen['loss'].isnan()
+        changed = scored & (before >= 0) & (before != seen['given_label'])
+        if share(changed.sum(), scored.sum()) > .5: owner.labels_changed()
         owner.learned(seen)
         owner.items.update(**{name: seen[name] for name in Sightings.dtypes if name != 'repeated'})
 

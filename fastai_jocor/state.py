@@ -142,6 +142,10 @@ class FitState:
         "Whether an item may have several labels"
         return self.source.multi_label
     def learned(self, seen): "Take up what an epoch has shown of each item"
+    def labels_changed(self):
+        "Forget how many labels looked wrong, as an epoch has shown that most of them are others now"
+        self.estimate = None
+        if self.evidence is not None: self.evidence.rows,self.evidence.brake = [],0.
 
     _kept = ('rows','done','before','R','least','gradual','warm_up')
 

@@ -56,6 +56,12 @@ def test_arguments_that_are_not_known():
 def test_values_that_are_not_known(kw, msg):
     with pytest.raises(ValueError, match=f'{next(iter(kw))}=.*{msg}'): JoCorCallback(**kw)
 
+@pytest.mark.parametrize('noise,near', (('symetric:0.2','symmetric'), ('pair:0.2','pairflip'), ('non','none')))
+def test_noise_that_is_not_known(noise, near):
+    with pytest.raises(ValueError, match=f"noise='{noise}' must be.*did you mean '{near}'"): make_noise(noise)
+    with pytest.raises(ValueError) as e: make_noise('symmetric:much')
+    assert 'did you mean' not in str(e.value)
+
 @pytest.mark.parametrize('cls', (JoCorCallback, CoTeachingCallback, CoTeachingPlusCallback))
 def test_the_signature_shows_every_argument(cls):
     own = inspect.signature(cls).parameters

@@ -60,6 +60,24 @@ def test_the_schedule_starts_over_on_other_items():
             learn.fit(1, 1e-2, cbs=cb)
         assert cb.R == 0 and (cb.items.seen == 1).all()
 
+class Bare:
+    "A data set that tells its length alone"
+    def __init__(self, at): self.pairs = pairs(at)
+    def __len__(self): return len(self.pairs)
+    def __getitem__(self, i): return self.pairs[i]
+
+@pytest.mark.parametrize('kw', (dict(), dict(rule='schedule', num_gradual=1)))
+def test_other_items_that_only_the_first_epoch_tells_apart(kw):
+    learn,cb = learner(loaders(Bare(range(300)))),JoCorCallback(k=2, **kw)
+    learn.fit(3, 1e-2, cbs=cb)
+    before = cb.estimate
+    assert before is not None
+    learn.dls = loaders(Bare(range(300, 600)))
+    learn.fit(1, 1e-2, cbs=cb)
+    assert cb.estimate is not before and (cb.items.given_label.numpy() == Y[300:600]).all()
+    assert not cb.by_evidence or len(cb.evidence.rows) == 1
+    assert .8 < (cb.items.seen == 1).float().mean() < 1
+
 # --- which differ
 
 def in_memory(at, y=Y, x=X, vocab=None, **kwargs):

@@ -2,6 +2,7 @@
 import importlib.util, json, numpy as np, pandas as pd, pytest, torch
 from fastcore.script import anno_parser
 from fastai_jocor import __version__
+from fastai_jocor.files import write_table
 from fastai_jocor.lab import commands
 from fastai_jocor.lab.commands import jocor_bench, jocor_train
 from fastai_jocor.lab.config import RunConfig
@@ -145,3 +146,10 @@ def test_modules_that_there_are_not(tmp_path):
                    (dict(plugins='../parts'), "plugins='../parts' must be the name of a module")):
         with pytest.raises(SystemExit) as e: jocor_bench(**kw, out=str(tmp_path/'out'))
         assert msg in str(e.value) and not (tmp_path/'out').exists()
+
+@pytest.mark.parametrize('name', ('NA','cat'))
+def test_an_audit_says_how_its_list_is_read(name, tmp_path, monkeypatch, capsys):
+    suspects = pd.DataFrame(dict(item=['a.png'], given_label=[name]))
+    monkeypatch.setattr(commands, 'audit', lambda *args, out, **kwargs: write_table(suspects, tmp_path/'suspects.csv'))
+    commands.jocor_audit('pictures', out=str(tmp_path))
+    assert ('keep_default_na=False' in capsys.readouterr().out) == (name == 'NA')

@@ -88,7 +88,7 @@ def csv_of_some(root, folder, step=15):
     files = sorted(f for f in root.rglob('*.png') if 'broken' not in f.name)[::step]
     names = {f.name[:2]: f.parent.name for f in files[::-1]}
     rows = dict(name=[f.relative_to(root).as_posix() for f in files], cls=[f.parent.name for f in files],
-                truth=[names[f.name[:2]] for f in files], part=['valid' if i%4 == 3 else 'train' for i in range(len(files))])
+                truth=[names[f.name[:2]] for f in files], part=[('train','valid')[i%4 == 3] for i in range(len(files))])
     pd.DataFrame(rows).to_csv(folder/'l.csv', index=False)
     return folder/'l.csv'
 

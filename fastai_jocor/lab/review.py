@@ -98,7 +98,7 @@ def _by_file(found, good, root):
         found.table = found.table.assign(true_label=truth, flipped=truth != found.table.given_label)
     return found
 
-# %% ../../nbs/lab/05_review.ipynb #b3f1decc
+# %% ../../nbs/lab/05_review.ipynb #43f05b2a
 def audit(
     source, # Folder with a folder of images for each class, or a CSV with columns for file and label
     path:str=None, # Folder that the CSV's files are relative to; `None` for the CSV's own
@@ -143,6 +143,7 @@ def audit(
                          features=not no_pretrained, fine_tune=fine_tune, co_lambda=co_lambda, forget_rate=forget_rate)
     return _write(_by_file(found, good, root), good, bad, root, source, out, n, least, command)
 
+# %% ../../nbs/lab/05_review.ipynb #1ef17922
 def _write(found, good, bad, root, source, out, n, least, command):
     "Write the files of an audit, and return the suspects"
     s = _suspects_of(found, good, n, least)
@@ -161,7 +162,7 @@ def _write(found, good, bad, root, source, out, n, least, command):
     if 'flipped' in s and len(s): print(f"{s.flipped.mean():.0%} of the suspects have another true label")
     return s
 
-# %% ../../nbs/lab/05_review.ipynb #dedcae49
+# %% ../../nbs/lab/05_review.ipynb #9f6038ce
 def apply_reviewed(
     df:pd.DataFrame, # Of `read_labels`
     reviewed:pd.DataFrame # Of the page: item, given_label, predicted_label, decision
@@ -189,6 +190,7 @@ def _check_decision(r, label):
         yield (f"{r.item!r} has the label {label!r}, but was reviewed as {r.given_label!r}: "
                "are these the decisions on an earlier state?")
 
+# %% ../../nbs/lab/05_review.ipynb #3ebcf6d3
 def write_cleaned(
     source, # The folder or the CSV that was audited
     reviewed, # reviewed.csv, exported from the page
@@ -215,6 +217,7 @@ def write_cleaned(
     print(_how_to_train(file, root, copy_to, file_col, label_col))
     return new
 
+# %% ../../nbs/lab/05_review.ipynb #5b9bca06
 def copy_cleaned(
     labels:pd.DataFrame, # `file` and `label`, after a review
     root, # Folder that the files are relative to; nothing in it is changed
@@ -227,7 +230,8 @@ def copy_cleaned(
     names = pd.Series([Path(o).name for o in labels.file], index=labels.index)
     twice = pd.DataFrame(dict(name=names.str.lower(), label=labels.label)).duplicated(keep=False)
     for f,label,name,same in zip(labels.file, labels.label, names, twice):
-        if Path(label).name != label: raise ValueError(f"label {label!r} cannot be the name of a folder: use cleaned.csv")
+        if Path(label).name != label:
+            raise ValueError(f"label {label!r} cannot be the name of a folder: use cleaned.csv")
         (folder/label).mkdir(parents=True, exist_ok=True)
         shutil.copy2(Path(root)/f, folder/label/(str(f).replace('/', '_').replace('\\', '_') if same else name))
 

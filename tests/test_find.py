@@ -1,0 +1,217 @@
+"Labels judged by networks that were not told them: features, probabilities, the audit as a whole."
+import shutil, numpy as np, pytest, torch
+from hypothesis import given, settings, strategies as st
+from pathlib import Path
+from fastai.tabular.all import Normalize, TabularPandas, tabular_learner
+from fastai.vision.all import Brightness, CategoryBlock, DataBlock, Flip, get_image_files, ImageBlock, parent_label
+from fastai.vision.all import PILImage, RandomSplitter, Resize, resnet18, set_seed, vision_learner
+from fastai_jocor.all import audit_labels, cleaned, feature_dls, JoCorCallback, NoisyCategoryBlock, Peers, Symmetric
+from fastai_jocor.features import body_of, given_labels, in_order, kept_features
+from fastai_jocor.judge import Judgement
+from fastai_jocor.posterior import calibration_error, shifted, transition_by_em
+from pictures import digit_files
+
+def picture_learner(folder, noise=None, valid=.2, size=32, arch=resnet18, **kwargs):
+    "A body with random weights: it is as frozen as a pretrained one, and no download is needed"
+    set_seed(0)
+    labels = CategoryBlock if noise is None else NoisyCategoryBlock(noise, seed=0)
+    block = DataBlock((ImageBlock, labels), get_items=lambda p: get_image_files(p).sorted(), get_y=parent_label,
+                      splitter=RandomSplitter(valid, seed=0), item_tfms=Resize(size), **kwargs)
+    return vision_learner(block.dataloaders(folder, bs=16, num_workers=0), arch, pretrained=False, path=folder)
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory): return digit_files(tmp_path_factory.mktemp('digits'), 1700)
+
+@pytest.fixture
+def few(tmp_path): return digit_files(tmp_path, 120)
+
+@pytest.fixture(scope='module')
+def audited(pictures):
+    learn = picture_learner(pictures, Symmetric(.25))
+    before = {n: o.clone() for n,o in learn.model.state_dict().items()}
+    return learn,before,audit_labels(learn, progress=False)
+
+# --- features
+
+def files_of(learn): return sorted((learn.path/'features').glob('*.npy'))
+
+def test_features_are_of_validation_transforms_and_kept(few):
+    learn = picture_learner(few, batch_tfms=[Flip(p=1.), Brightness(.9, p=1.)])
+    dls = feature_dls(learn, progress=False)
+    body = body_of(learn.model).eval()
+    with torch.no_grad(): want = torch.cat([body(o[0]) for o in in_order(learn.dls.train, bs=7, progress=False)])
+    kept = kept_features(body, learn.dls.train, learn.path/'features')
+    nine = learn.dls.test_dl(learn.dls.train_ds.items[:9], bs=9, num_workers=0).one_batch()[0]
+    plain = body(nine).detach()
+    np.testing.assert_allclose(kept[:9], plain, atol=1e-3)
+    np.testing.assert_allclose(kept, want, atol=1e-3)
+    assert learn.dls.train_ds.split_idx == 0 and len(files_of(learn)) == 2
+    assert dls.train.dataset.items == [str(o) for o in learn.dls.train_ds.items]
+    assert (given_labels(learn.dls.train) == dls.train.dataset.y.numpy()).all()
+
+def test_what_features_depend_on(few):
+    feature_dls(picture_learner(few), progress=False)
+    learn = picture_learner(few)
+    feature_dls(learn, progress=False)
+    assert len(files_of(learn)) == 2
+    feature_dls(picture_learner(few, size=40), progress=False)
+    assert len(files_of(learn)) == 4
+    changed = learn.dls.valid_ds.items[0]
+    shutil.copy(learn.dls.train_ds.items[0], changed)
+    feature_dls(learn, progress=False)
+    assert len(files_of(learn)) == 5
+    with torch.no_grad(): learn.model[0][0].weight.add_(.1)
+    feature_dls(learn, progress=False)
+    assert len(files_of(learn)) == 7
+
+@pytest.mark.parametrize('spoil', (lambda f: f.write_bytes(f.read_bytes()[:-100]), lambda f: f.write_bytes(b'nothing'),
+    lambda f: f.write_bytes(f.read_bytes()[:-2]+b'xx')), ids=('cut','other','changed'))
+def test_spoilt_files_are_noticed(few, spoil):
+    learn = picture_learner(few)
+    body = body_of(learn.model)
+    want = kept_features(body, learn.dls.train, few/'features').copy()
+    spoil(files_of(learn)[0])
+    with pytest.warns(UserWarning, match='made again'): again = kept_features(body, learn.dls.train, few/'features')
+    np.testing.assert_array_equal(again, want)
+
+# --- probabilities
+
+def by_loops(p, given, steps, prior):
+    "EM in float64, item by item"
+    n,C = p.shape
+    T = [[.7*(i == j)+.3/C for j in range(C)] for i in range(C)]
+    for _ in range(steps):
+        counts = [[prior*(i == j) for j in range(C)] for i in range(C)]
+        for q,y in zip(p.tolist(), given):
+            joint = [q[c]*T[c][y] for c in range(C)]
+            for c in range(C): counts[c][y] += joint[c]/sum(joint)
+        T = [[o/sum(row) for o in row] for row in counts]
+    return np.array(T)
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 999), st.integers(2, 4), st.integers(1, 40))
+def test_em_is_the_same_as_loops(seed, C, n):
+    rng = np.random.default_rng(seed)
+    p,given = rng.dirichlet(np.ones(C), n),rng.integers(0, C, n)
+    np.testing.assert_allclose(transition_by_em(p, given, 5)[0], by_loops(p, given, 5, 5.), atol=1e-9)
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(.01, .99))
+def test_shifted(p, mean):
+    q = shifted(np.array(p), mean)
+    assert q.mean() == pytest.approx(mean, abs=1e-6) and (np.diff(q[np.argsort(p)]) > -1e-12).all()
+
+def made_up(n=3000, C=4, seed=0, sure=3., flip=.3):
+    "Peers that know the classes, more or less, and labels that are wrong in pairs"
+    rng = np.random.default_rng(seed)
+    true = rng.integers(0, C, n)
+    wrong = (rng.random(n) < flip) & (true % 2 == 0)
+    said = rng.normal(0, 1.5, (3,n,C))
+    said[:,np.arange(n),true] += sure
+    given = np.where(wrong, true+1, true)
+    said -= np.log(np.exp(said).sum(-1, keepdims=True))
+    return said.astype(np.float32), np.arange(n)%3, given, wrong
+
+def test_a_judgement():
+    said,hidden,given,wrong = made_up()
+    j = Judgement(said, hidden, given)
+    assert j.learned and j.trusted and j.low <= wrong.mean() <= j.high
+    assert calibration_error(j.p_wrong, wrong) < .05
+    assert abs(j.p_wrong.mean()-wrong.mean()) < .03
+    assert (j.untold == said[hidden,np.arange(len(given))]).all()
+    sure = wrong & (j.p_wrong > .9)
+    assert (j.believed != given).all() and (j.believed[sure] == given[sure]-1).all()
+
+def test_the_matrix_tells_errors_in_pairs_from_doubt():
+    "Bayes with the transition matrix ranks better than the probability of the label alone"
+    from sklearn.metrics import average_precision_score
+    said,hidden,given,wrong = made_up(sure=2., flip=.4)
+    j = Judgement(said, hidden, given)
+    alone = -j.untold[np.arange(len(given)),given]
+    assert average_precision_score(wrong, j.p_wrong) > average_precision_score(wrong, alone)+.1
+
+def test_nothing_learned_is_said():
+    said,hidden,given,_ = made_up(sure=0.)
+    assert not Judgement(said, hidden, given).learned
+    assert not Judgement(said, hidden, given).trusted
+
+# --- the audit
+
+def test_an_audit(audited):
+    learn,before,audit = audited
+    t,s = audit.table,audit.suspects()
+    flipped = t[t.part == 'train'].flipped.astype(bool)
+    assert s.flipped.astype(bool).mean() > .9 and s.flipped.astype(bool).sum() > .8*flipped.sum()
+    e = audit.expected_wrong('train')
+    assert e['low'] <= flipped.sum() <= e['high'] and abs(e['expected']-flipped.sum()) < .2*flipped.sum()
+    assert (s.p_wrong >= .5).all() and s.p_wrong.is_monotonic_decreasing
+    assert (t[t.part == 'valid'].p_wrong < .5).mean() > .95
+    assert t['item'].tolist() == [str(o) for o in (*learn.dls.train_ds.items, *learn.dls.valid_ds.items)]
+    right = s.predicted_label == s.true_label
+    assert right[s.p_wrong > .9].mean() > .9
+    assert len(audit.labels) == len(audit.pred_probs) == len(t) and np.allclose(audit.pred_probs.sum(1), 1)
+
+def test_the_learner_is_as_it_was(audited):
+    learn,before,_ = audited
+    assert all(torch.equal(o, before[n]) for n,o in learn.model.state_dict().items())
+    assert not isinstance(learn.model, Peers) and not any(isinstance(o, JoCorCallback) for o in learn.cbs)
+
+def test_suspects_of_an_audit_clean_the_data(audited):
+    learn,_,audit = audited
+    s = audit.suspects(part='train')
+    new = cleaned(learn.dls, s)
+    assert len(new.train_ds) == len(learn.dls.train_ds)-len(s)
+    assert new.noise.rate < .3*learn.dls.noise.rate
+
+@pytest.mark.parametrize('bad,message', [(dict(least=2), 'least=2'), (dict(part='test'), "part='test'")])
+def test_bad_questions(audited, bad, message):
+    with pytest.raises(ValueError, match=message): audited[2].suspects(**bad)
+
+def test_one_head_is_too_few(audited):
+    with pytest.raises(ValueError, match='k=1 must be at least 2'): audit_labels(audited[0], k=1)
+
+def test_without_a_validation_set(few):
+    learn = picture_learner(few, Symmetric(.2), valid=0.)
+    audit = audit_labels(learn, epochs=3, progress=False)
+    assert set(audit.table.part) == {'train'} and len(audit.table) == len(learn.dls.train_ds)
+
+def test_nothing_learned_lists_nothing(few):
+    "Labels that have nothing to do with the pictures"
+    items,rng = get_image_files(few).sorted(),np.random.default_rng(0)
+    given = dict(zip(items, rng.integers(0, 3, len(items)).astype(str)))
+    block = DataBlock((ImageBlock, CategoryBlock), get_items=lambda p: items, get_y=given.get, item_tfms=Resize(32),
+                      splitter=RandomSplitter(0., seed=0))
+    learn = vision_learner(block.dataloaders(few, bs=16, num_workers=0), resnet18, pretrained=False, path=few)
+    audit = audit_labels(learn, progress=False)
+    assert not audit.learned and 'nothing can be said' in str(audit)
+    with pytest.warns(UserWarning, match='nothing can be said'): assert not len(audit.suspects())
+    with pytest.warns(UserWarning, match='nothing can be said'): all_of_them = audit.suspects(least=0., anyway=True)
+    assert len(all_of_them) == len(items)
+
+def test_near_duplicates_and_strangers(few):
+    items = get_image_files(few).sorted()
+    shutil.copy(items[0], few/'c1'/'twin.png')
+    PILImage.create(np.full((64,64,3), [255,0,0], dtype=np.uint8)).save(few/'c2'/'odd.png')
+    audit = audit_labels(picture_learner(few), epochs=2, progress=False)
+    pairs = audit.duplicates()
+    assert {Path(pairs.item[0]).name, Path(pairs.item_2[0]).name} == {items[0].name, 'twin.png'}
+    assert not pairs.same_label[0]
+    notes = audit.table.set_index('item').note
+    assert 'almost equal to' in notes[str(few/'c1'/'twin.png')] and 'labelled c0' in notes[str(few/'c1'/'twin.png')]
+    assert str(few/'c2'/'odd.png') in set(audit.strangers()['item'])
+
+def test_a_table(tmp_path):
+    "A model without a body is trained as a whole, from new weights"
+    from sklearn.datasets import load_wine
+    d = load_wine(as_frame=True)
+    df = d.data.assign(kind=np.array(['a','b','c'])[d.target])
+    right = df.kind.copy()
+    wrong = np.random.default_rng(0).permutation(len(df))[:25]
+    df.loc[wrong, 'kind'] = right[wrong].map(dict(a='b', b='c', c='a'))
+    to = TabularPandas(df, [Normalize], cont_names=list(d.data), y_names='kind', y_block=CategoryBlock(),
+                       splits=(list(range(len(df))), []))
+    learn = tabular_learner(to.dataloaders(bs=16), layers=[32], path=tmp_path)
+    s = audit_labels(learn, epochs=30, progress=False).suspects()
+    hit = s.position.isin(wrong)
+    assert hit.mean() > .5 and hit.sum() > 20
+    assert (s.predicted_label[hit] == right[s.position[hit]].to_numpy()).mean() > .8
