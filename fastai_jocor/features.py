@@ -53,7 +53,7 @@ def in_order(
     start:int=0, # Position to start from
     bs:int=64, # Items a batch
     progress:bool=True # Show a bar
-): # Yields the inputs of each batch, a tuple
+)->object: # Yields the inputs of each batch, a tuple
     "Read the items of a loader in their order and as in validation, without augmentation"
     ds,n = dl.dataset,len(dl.dataset)
     new = dl.new(shuffle=False, drop_last=False, bs=bs, get_idxs=_Rest(start, n))
@@ -68,7 +68,7 @@ def read_features(
     start:int=0, # Position to start from
     bs:int=64, # Items a batch
     progress:bool=True # Show a bar
-): # Yields arrays of shape (bs, features), float16
+)->object: # Yields arrays of shape (bs, features), float16
     "Let a body see each item of a data set"
     device = next(body.parameters()).device
     body.eval()

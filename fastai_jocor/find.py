@@ -122,7 +122,8 @@ def suspects(self:LabelAudit,
 )->pd.DataFrame: # Rows of `table`, the most probably wrong first
     "The items whose labels are probably wrong"
     check_number('least', least, lambda v: 0 <= v <= 1, 'lie in [0, 1]: the least probability that a label is wrong')
-    check_number('n', ifnone(n, 0), lambda v: isinstance(v, int) and v >= 0, 'be an integer of at least 0, or None for all')
+    check_number('n', ifnone(n, 0), lambda v: isinstance(v, int) and v >= 0,
+                 'be an integer of at least 0, or None for all')
     _check_part(part)
     t = self.table if part is None else self.table[self.table.part == part]
     if not self.learned or not self.trusted: warnings.warn(str(self))

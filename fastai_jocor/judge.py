@@ -21,7 +21,7 @@ from .features import body_of, feature_dls, in_order
 from .posterior import LabelPosterior, shifted
 from .heads import feature_learner, fused_adam
 
-# %% ../nbs/16_judge.ipynb #d2463c11
+# %% ../nbs/16_judge.ipynb #ce305324
 def _whole_model(learn):
     "A learner on the same data with new weights, for a model without a body"
     model = learn.model.peer(0) if isinstance(learn.model, Peers) else learn.model
@@ -43,15 +43,17 @@ def _check(learn, k, epochs, lr, kwargs):
         check_number('epochs', epochs, whole, 'be an integer of at least 1, or None: 10 to 30')
     check_number('lr', lr, lambda v: v > 0, 'be above 0: the largest learning rate')
     for name in ('rule','hidden'):
-        if name in kwargs: raise ValueError(f"{name}={kwargs[name]!r} cannot be chosen: each label is hidden from one peer")
+        if name not in kwargs: continue
+        raise ValueError(f"{name}={kwargs[name]!r} cannot be chosen: each label is hidden from one peer")
     if is_multi_label(learn.loss_func, torch.zeros(1,1)):
-        raise ValueError(f"learn has several labels an item ({learn.loss_func}): its labels are judged as one class an item")
+        raise ValueError(f"learn has several labels an item ({learn.loss_func}): it must have one class an item")
 
 class NoValidation(Callback):
     "Spend no time on a validation set whose figures nobody reads"
     order = 80
     def before_validate(self): raise CancelValidException()
 
+# %% ../nbs/16_judge.ipynb #e097473c
 def fit_heads(
     learn:Learner, # It is not changed
     k:int=3, # Number of peers, at least 2
@@ -75,6 +77,7 @@ def fit_heads(
         heads.fit_one_cycle(epochs, lr, cbs=[cb, NoValidation()])
     return heads,cb
 
+# %% ../nbs/16_judge.ipynb #c02f838f
 def fine_tuned(
     learn:Learner, # Whose body is trained on; it is not changed
     heads:Learner, # Of `fit_heads`, on features

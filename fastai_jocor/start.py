@@ -90,7 +90,7 @@ def _tells_logits(s, like):
 def what_is_lost(
     owner:Callback, # A `PeersCallback`
     s:Selection # With what was found of the data
-):
+)->object: # Yields texts
     "Yield what the user should know before training: items that are not seen, settings without effect"
     learn,dl = owner.learn,owner.learn.dls.train
     bs = ifnone(getattr(dl, 'bs', None), getattr(dl, 'batch_size', None))

@@ -25,9 +25,9 @@ from .start import look_at_data, MakePeers, refuse_others, UndoPeers
 # %% ../nbs/07d_trainer.ipynb #144a6c15
 def check_tau(
     forget_rate # As `PeersCallback` takes it
-):
+)->object: # The same
     "A `ValueError` if it is neither `None`, nor `auto`, nor a number in [0, 1)"
-    if forget_rate is None or forget_rate == 'auto': return
+    if forget_rate is None or forget_rate == 'auto': return forget_rate
     if not isinstance(forget_rate, str): return check_forget_rate(forget_rate)
     raise ValueError(f"forget_rate={forget_rate!r} must be 'auto', None or a number in [0, 1): the share of wrong "
                      "labels")

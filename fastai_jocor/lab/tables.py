@@ -212,7 +212,7 @@ def clear_best(
 def each_difference(
     df:pd.DataFrame, # Of `read_results`, one protocol
     reference:str=None # Label of the method to compare with; `None`: each of `references`
-): # Yields a reference and its `paired_differences`, if there are any
+)->object: # Yields a reference and its `paired_differences`, if there are any
     "Compare with one method or several, each two methods once"
     done = []
     for ref in references(df) if reference is None else [reference]:
