@@ -151,7 +151,7 @@ class FitState:
 
 # %% ../nbs/06b_state.ipynb #095fcb03
 @patch(as_prop=True)
-def noise(self:FitState): # A `NoiseRecord`, or `None`
+def noise(self:FitState)->object: # A `NoiseRecord`, or `None`
     "Record of the corruption of the training set, if its true labels are known"
     trained = self.learn is None or self.items is not None
     record = self.known_noise if trained else getattr(self.dls, 'noise', None)
