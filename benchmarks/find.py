@@ -20,7 +20,7 @@ Features are what a pretrained body sees, as their first 256 principal component
 with symmetric 30 on clothing, its average precision is 0.87 on them, and 0.74 on all 1,280 numbers. For text and
 tables, `lr` and `neighbours` see TF-IDF of words, or standardised numbers beside one-hot categories. All networks have
 the same size, optimizer, learning rate and number of epochs. cleanlab's two label qualities have a row each, and
-1 − quality stands for the probability that a label is wrong. Its Datalab is left out: it needs the package `datasets`.
+1 − quality stands for the probability that a label is wrong. Datalab is left out: it needs the package `datasets`.
 
 Seconds go from features to the list, on one thread. `cpu_seconds` do not count what other programs did meanwhile.
 """
@@ -55,7 +55,8 @@ def projected(source):
     "Principal components in place of features"
     def components(path, seed):
         d = source(path, seed)
-        return d._replace(x=Projection(d.x.numpy())(d.x))
+        projection = Projection(d.x.numpy())
+        return d._replace(x=projection(d.x), x_test=projection(d.x_test))
     return components
 
 def pixels(path, seed):
@@ -104,6 +105,7 @@ def said(learn, part):
 
 def audit(k):
     def find(table, d, y, seed):
+        if torch.is_tensor(d.x): d = d._replace(x_test=d.x_test[:0], y_test=d.y_test[:0]) # spend no time on them
         set_seed(seed)
         learn = table.learner(d, y, table.bs)
         res = audit_labels(learn, k, lr=LR, seed=seed, neighbours=False, progress=False)
