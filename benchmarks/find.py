@@ -26,6 +26,7 @@ Seconds go from features to the list, on one thread. `cpu_seconds` do not count 
 """
 import os, time, warnings, numpy as np, pandas as pd, torch
 from collections import namedtuple
+from functools import lru_cache
 from pathlib import Path
 from fastcore.script import call_parse
 from fastai.basics import *
@@ -53,6 +54,7 @@ Found = namedtuple('Found', 'score listed p_wrong expected low high', defaults=[
 # The data
 def projected(source):
     "Principal components in place of features"
+    @lru_cache(1)
     def components(path, seed):
         d = source(path, seed)
         projection = Projection(d.x.numpy())
