@@ -3,7 +3,7 @@
     pip install cleanlab                            # or fastai_jocor[bench]
     python benchmarks/find.py --path FOLDER         # all rows that are missing, then the tables
     python benchmarks/find.py --path FOLDER --data clothing --ways audit_3,lr --seeds 1
-    python benchmarks/find.py --only_tables
+    python benchmarks/find.py --only-tables
 
 FOLDER, or the environment variable FASTAI_JOCOR_DATA, holds the data as everyday.py describes them; data that are not
 there are left out, and named. Each way of results/find.csv has one row for each data set, noise and seed; rows that are
@@ -239,6 +239,8 @@ def against_best(df):
     return ours.sub(theirs.max(1), axis=0).add_suffix(' − best').assign(best=theirs.max(1), way=theirs.idxmax(1))
 
 def print_tables(df):
+    place = lambda column: column.map(list(tables if column.name == 'data' else ways).index)
+    df = df.sort_values(['data','way'], key=place, kind='stable')
     told = dict(average_precision=100, precision_at_n=100, ece=100, cpu_seconds=1)
     for name,scale in told.items():
         times = ' × 100' if scale > 1 else ''
