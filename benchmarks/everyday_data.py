@@ -1,4 +1,4 @@
-"""The data, the noise and the learners of everyday.py"""
+"""The data, the noise and the learners of everyday.py and find.py"""
 import os, numpy as np, pandas as pd, torch
 from collections import namedtuple
 from functools import lru_cache
@@ -53,6 +53,7 @@ def _features(file):
 
 def features(path, seed): return _features(path/'cifar10_features.npz')
 def features5k(path, seed): return _some(features(path, seed), 5000, seed)
+def features10k(path, seed): return _some(features(path, seed), 10000, seed)
 def clothing(path, seed): return _features(path/'clothing_features.npz')
 
 def adult(path, seed):
@@ -105,8 +106,8 @@ digit_pairs = {7:1, 2:7, 5:6, 6:5, 3:8}
 pairs = dict(digits=digit_pairs, mnist=digit_pairs, features={9:1, 2:0, 3:5, 5:3, 4:7}, adult={'>50K':'<=50K'},
              clothing={'shirt':'t-shirt', 't-shirt':'longsleeve', 'longsleeve':'shirt'},
              trec={'ENTY':'DESC', 'DESC':'ENTY', 'HUM':'ENTY', 'LOC':'NUM'})
-pairs |= dict(features5k=pairs['features'], features30=pairs['features'], cifar=pairs['features'],
-              clothing_photos=pairs['clothing'])
+pairs |= {o: pairs['features'] for o in ('features5k','features10k','features30','cifar')}
+pairs |= dict(clothing_photos=pairs['clothing'])
 
 def given_labels(d, data, noise, seed):
     "The labels that the learner gets"

@@ -47,10 +47,10 @@ class LabelAudit:
         neighbours:tuple=None # Of `nearest_of`; `None` where there are no features
     ):
         self.learn,self.heads,self.cb = learn,heads,cb
-        self.vocab = class_names_of(learn.dls)
         loaders = [o for o in zip(('train','valid'), heads.dls.loaders, learn.dls.loaders) if len(o[1].dataset)]
         self.judged = {}
         for part,dl,_ in loaders: self.judged[part] = self._judge(part, dl)
+        self.vocab = class_names_of(learn.dls) or list(range(self.judged['train'].n_classes))
         self.table = pd.concat([self._rows(part, own) for part,_,own in loaders], ignore_index=True)
         distances,positions = np.empty((2,len(self.table),0)) if neighbours is None else neighbours
         self.pairs,self.far = near_duplicates(distances, positions),far_out(distances)

@@ -65,7 +65,8 @@ class Weigh(Part):
                                        hide(s.log_probs, hidden), targ)
         usable = s.usable if s.unweighted is None else _and(s.usable, losses.detach().isfinite())
         with torch.no_grad():
-            forget_margins(e, targ, s.idx, o.items.given_label[s.idx])
+            before = o.items.given_label[s.idx]
+            forget_margins(e, targ, s.idx, before if s.ignored is None else before.masked_fill(s.ignored, -1))
             by = look_at_batch(e, s.pred, targ, s.idx, usable)
             times,n = self._select(e, by, usable if o.k > 1 else _and(usable, hidden < 0))
         if s.bad is not None: ranked = ranked.masked_fill(s.bad, torch.inf)

@@ -3,7 +3,7 @@ import pickle, numpy as np, pandas as pd, pytest, torch
 import matplotlib; matplotlib.use('agg')
 import matplotlib.pyplot as plt
 from fastai.vision.all import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, accuracy, nn, set_seed
-from fastai_jocor.all import InMemoryDataLoaders, JoCorCallback, Symmetric, digits_dls, jocor_mlp
+from fastai_jocor.all import InMemoryDataLoaders, JoCorCallback, Symmetric, audit_labels, digits_dls, jocor_mlp
 from fastai_jocor.audit import rank_suspects
 from fastai_jocor.state import item_names
 from fastai_jocor.lab.run import fast_adam
@@ -49,6 +49,17 @@ def test_classes_without_names():
     cb = JoCorCallback(k=2, forget_rate=.1)
     quiet(Learner(DataLoaders(dl, dl), nn.Linear(8,4), loss_func=CrossEntropyLossFlat())).fit(2, cbs=cb)
     assert cb.ledger.given_label.tolist() == y.tolist() and set(cb.ledger.predicted_label) <= set(range(4))
+
+@pytest.mark.filterwarnings('ignore')
+def test_an_audit_of_classes_without_names():
+    x = torch.randn(256,8)
+    y = x[:,:4].argmax(1)
+    dl = DataLoader(list(zip(x, y)), bs=32, shuffle=True)
+    learn = quiet(Learner(DataLoaders(dl, dl), nn.Linear(8,4), loss_func=CrossEntropyLossFlat()))
+    audit = audit_labels(learn, epochs=2, progress=False)
+    t = audit.table[audit.table.part == 'train']
+    assert audit.vocab == [0,1,2,3] and t.given_label.tolist() == y.tolist()
+    assert (t.predicted_label != t.given_label).all() and set(t.predicted_label) <= set(range(4))
 
 @pytest.mark.filterwarnings('ignore')
 def test_one_class_and_small_data():

@@ -228,3 +228,22 @@ def test_cleaned_files_are_copied(wrong_pictures, tmp_path, capsys):
     assert 'ImageDataLoaders.from_folder' in capsys.readouterr().out
     with pytest.raises(SystemExit, match='is not empty'):
         run_audit(source, out=str(tmp_path/'new'), copy_to=str(tmp_path/'clean'), **args)
+
+def test_odd_names_and_a_bom(wrong_pictures, body, tmp_path):
+    "Classes that pandas takes for missing, one with a single item, a byte order mark, a file name with a line end"
+    root,odd = wrong_pictures[0],tmp_path/'odd'
+    odd.mkdir()
+    files = sorted(f for f in root.rglob('c*.png'))[::12]
+    names = ['nan', 'None', '<b>']
+    label = {f.name[:2]: names[i] for i,f in enumerate({f.name[:2]: f for f in files}.values())}
+    rows = []
+    for i,f in enumerate(files):
+        name = f'{i}.png' if i else 'line\nend "quoted".png'
+        shutil.copy(f, odd/name)
+        rows.append((name, 'NA' if i == 1 else label[f.name[:2]]))
+    df = pd.DataFrame(rows, columns=['file','label'])
+    df.to_csv(tmp_path/'odd.csv', index=False, encoding='utf-8-sig')
+    run_audit(tmp_path/'odd.csv', path=str(odd), out=str(tmp_path/'out'), weights=body, size=32, epochs=5)
+    items = read_table(tmp_path/'out'/'items.csv')
+    assert set(items.given_label) == {'NA', *names} and 'line\nend "quoted".png' in set(items['item'])
+    assert len(items) == len(df)

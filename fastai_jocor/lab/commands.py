@@ -8,7 +8,7 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/lab/commands.html.md"""
 __all__ = ['jocor_train', 'jocor_bench', 'jocor_report', 'jocor_demo', 'jocor_audit']
 
 # %% ../../nbs/lab/06_commands.ipynb #ab13e6a7
-import shlex, sys, time, warnings
+import shlex, sys, time
 from datetime import date
 from pathlib import Path
 from typing import Annotated
@@ -18,12 +18,6 @@ import fastai_jocor
 
 # %% ../../nbs/lab/06_commands.ipynb #5d35021d
 _Version = Annotated[bool, dict(action='version', version=f'fastai_jocor {fastai_jocor.__version__}')]
-
-def _import_fastai():
-    "Import fastai without torch's warning about what fastai uses, with which every command would begin"
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', '.*torch.jit.script.*deprecated', FutureWarning)
-        import fastai.vision.all
 
 def _run_fields(
     dataset:str=None, # digits (the default), mnist, cifar10 or cifar100
@@ -61,7 +55,6 @@ def jocor_train(
     **fields
 ):
     "Train on noisy labels: print the epoch table, and write history, picture, weights and result"
-    _import_fastai()
     import torch
     from fastai_jocor.lab.run import run
     if threads: torch.set_num_threads(threads)
@@ -93,7 +86,6 @@ def jocor_bench(
     **fields
 ):
     "Do the runs of a grid that are not done yet, and go on with those that were killed"
-    _import_fastai()
     from fastai_jocor.lab.results import finished, pack as pack_runs
     from fastai_jocor.lab.grid import check_grid, run_grid
     try:
@@ -130,7 +122,6 @@ def jocor_report(
     version:_Version=False # Say which version this is, and exit
 ):
     "Report the results of a grid: report.md, report.html, runs.csv, scores.csv, differences.csv and pictures"
-    _import_fastai()
     from fastai_jocor.files import write_text
     from fastai_jocor.lab.tables import read_results, score_frame, score_table, unfinished
     from fastai_jocor.lab.report import last_epochs, report_blocks, write_report
@@ -166,7 +157,6 @@ def jocor_demo(
     version:_Version=False # Say which version this is, and exit
 ):
     "Train on digits with half of the labels wrong: one network plainly, two peers and three peers, and compare"
-    _import_fastai()
     import matplotlib.pyplot as plt
     from fastai_jocor.lab.grid import run_grid
     from fastai_jocor.lab.tables import compare, read_results
@@ -217,7 +207,6 @@ def jocor_audit(
     own = ('source','apply','copy_to','version')
     command = ' '.join(['jocor_audit', *map(shlex.quote, sys.argv[1:])])
     try:
-        _import_fastai()
         from fastai_jocor.files import how_to_read
         from fastai_jocor.lab.review import audit, write_cleaned
         if not apply: audit(source, command=command, **{name: o for name,o in given.items() if name not in own})

@@ -8,8 +8,9 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/lab/images.html.md"""
 __all__ = ['readable', 'find_arch', 'audit_learner']
 
 # %% ../../nbs/lab/04e_images.ipynb #6dbc34a4
-import difflib, torchvision, numpy as np, pandas as pd
+import torchvision, numpy as np, pandas as pd
 from fastai.vision.all import *
+from ..losses import did_you_mean
 
 # %% ../../nbs/lab/04e_images.ipynb #8ddac122
 def readable(
@@ -51,12 +52,11 @@ def find_arch(
         meta = model_meta.get(arch, dict(cut=None, split=default_split))
         return _from_file(arch, weights), dict(cut=meta['cut'], splitter=meta['split'])
     try: import timm
-    except ImportError:
-        raise ValueError(f"arch={name!r} is not in torchvision, and timm is not installed: pip install timm") from None
+    except ImportError as e:
+        raise ValueError(f"arch={name!r} is not in torchvision, and timm is not installed: pip install timm") from e
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, [*torchvision.models.list_models(), *timm.list_models()], 3)
-        raise ValueError(f"arch={name!r} is neither in torchvision nor in timm: did you mean {', '.join(near)}?"
-                         if near else f"arch={name!r} is neither in torchvision nor in timm")
+        hint = did_you_mean(name, [*torchvision.models.list_models(), *timm.list_models()])
+        raise ValueError(f"arch={name!r} is neither in torchvision nor in timm{hint}")
     return name, {} if weights is None else dict(pretrained_cfg_overlay=dict(file=str(weights)))
 
 # %% ../../nbs/lab/04e_images.ipynb #3a28c162

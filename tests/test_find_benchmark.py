@@ -1,0 +1,78 @@
+"The figures of benchmarks/find.py, and a dry run of its ways"
+import numpy as np, pandas as pd, pytest
+from pathlib import Path
+from fastcore.test import test_close as close
+
+ROOT = Path(__file__).resolve().parent.parent
+
+@pytest.fixture
+def find(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT/'benchmarks')
+    import find
+    monkeypatch.setattr(find, 'FILE', tmp_path/'find.csv')
+    monkeypatch.setattr(find, 'default_epochs', lambda n: 12)
+    return find
+
+WRONG = np.array([True,False,True,False,False])
+
+def test_figures(find):
+    p = np.array([.9,.8,.7,.1,.2])
+    row = find.figures(find.Found(p, p > .75, p, 2.7, 1, 3), WRONG)
+    close(row.pop('average_precision'), (1+2/3)/2)
+    close(row.pop('ece'), (.1+.8+.3+.1+.2)/5)    # each in a bin of its own
+    assert row == dict(items=5, wrong=2, precision_at_n=.5, listed=2, precision=.5, recall=.5, expected=2.7, low=1,
+                       high=3, holds=1.)
+    assert find.figures(find.Found(p, p > 2, p, 4, 3, 5), WRONG)['holds'] == 0
+
+def test_figures_of_a_way_that_tells_less(find):
+    "An item without a score is the last; a way without a list, a number or probabilities has none of their figures"
+    row = find.figures(find.Found(np.array([np.nan,-3,-1,-4,-5])), WRONG)
+    close(row['average_precision'], (1+2/5)/2)
+    assert 'listed' not in row and np.isnan([row[o] for o in ('expected','low','high','holds','ece')]).all()
+    assert np.isnan(find.figures(find.Found(np.ones(5), np.zeros(5, bool)), WRONG)['precision'])
+
+def frame(find):
+    ways = [('audit_3','p_wrong',.9), ('lr','self_confidence',.7), ('lr','normalized_margin',.8),
+            ('top_loss','loss',.95)]
+    rows = [dict(data='digits', noise='symmetric 20', seed=seed, way=way, score=score, average_precision=v+.01*seed)
+            for seed in (0,2) for way,score,v in ways]
+    return pd.DataFrame(rows, columns=find.COLUMNS)
+
+def test_tables(find):
+    t = find.by_way(frame(find), 'average_precision')
+    assert list(t.columns) == ['audit_3','lr self_confidence','lr normalized_margin','top_loss']
+    close(t.loc[('digits','symmetric 20'),'lr self_confidence'], .71)
+    t = find.against_best(frame(find))
+    assert t['audit_3 − best'].round(6).tolist() == [10,10] and t.best.round(6).tolist() == [80,82]
+    assert set(t.way) == {'lr normalized_margin'}
+
+def test_the_most_telling_first(find):
+    keys = find.order(['features','clothing'], ['audit_3','mlp','audit_2'], 2)
+    assert len(keys) == len(set(keys)) == 3*(6+2*3) and keys[0] == ('features','worse',0,'audit_3')
+    ways = [way for _,_,_,way in keys]
+    assert ways.index('audit_2') == 2*(6+6) and ('clothing','symmetric 15',1,'mlp') in keys
+
+def few(find, monkeypatch, n=320):
+    d = find.pixels(None, 0)
+    d = d._replace(x=d.x[:n], y=d.y[:n])
+    monkeypatch.setitem(find.tables, 'digits', find.tables['digits']._replace(source=lambda path, seed: d))
+
+def test_dry_run(find, monkeypatch, tmp_path):
+    few(find, monkeypatch)
+    for way in ('audit_3','ledger','neighbours','top_loss'): find.do_run(('digits','symmetric 20',0,way), tmp_path)
+    t = find.rows().set_index('way')
+    assert list(t.index) == ['audit_3','ledger','neighbours','top_loss'] and (t['items'] == 320).all()
+    assert (t.average_precision > .8).all() and t.listed.notna().tolist() == [True,True,True,False]
+    assert t.ece.notna().tolist() == [True,False,False,False] and t.low.notna().tolist() == [True,True,False,False]
+
+def test_dry_run_of_cleanlab(find, monkeypatch, tmp_path):
+    pytest.importorskip('cleanlab')
+    few(find, monkeypatch)
+    for way in ('lr','mlp'): find.do_run(('digits','symmetric 20',0,way), tmp_path)
+    t = find.named(find.rows())
+    assert set(t.way) == {f'{way} {o}' for way in ('lr','mlp') for o in ('self_confidence','normalized_margin')}
+    assert (t.average_precision > .8).all() and t.ece.notna().all() and (t.expected > 0).all()
+
+def test_missing_data_are_named(find, tmp_path, capsys):
+    find.do_run(('clothing','symmetric 30',0,'lr'), tmp_path)
+    assert 'clothing_features.npz' in capsys.readouterr().out and not find.FILE.exists()
