@@ -150,7 +150,7 @@ def test_modules_that_there_are_not(tmp_path):
 @pytest.mark.parametrize('name', ('NA','cat'))
 def test_an_audit_says_how_its_list_is_read(name, tmp_path, monkeypatch, capsys):
     suspects = pd.DataFrame(dict(item=['a.png'], given_label=[name]))
-    write = lambda *args, out, **kwargs: write_table(suspects, tmp_path/'suspects.csv')
+    write = lambda *args, **kwargs: write_table(suspects, tmp_path/'suspects.csv')
     monkeypatch.setattr('fastai_jocor.lab.review.audit', write)
     commands.jocor_audit('pictures', out=str(tmp_path))
     assert ('keep_default_na=False' in capsys.readouterr().out) == (name == 'NA')
