@@ -238,6 +238,7 @@ def against_best(df):
     ours = t[[o for o in t if o.startswith('audit')]]
     return ours.sub(theirs.max(1), axis=0).add_suffix(' − best').assign(best=theirs.max(1), way=theirs.idxmax(1))
 
+@pd.option_context('display.width', 200, 'display.max_rows', None, 'display.max_columns', None)
 def print_tables(df):
     place = lambda column: column.map(list(tables if column.name == 'data' else ways).index)
     df = df.sort_values(['data','way'], key=place, kind='stable')
@@ -267,5 +268,4 @@ def main(
     done = {tuple(o) for o in rows()[KEY].itertuples(index=False)}
     for key in [] if only_tables else order(data.split(','), ways.split(','), seeds):
         if key not in done: do_run(key, Path(path))
-    with pd.option_context('display.width', 200, 'display.max_rows', None, 'display.max_columns', None):
-        print_tables(rows())
+    print_tables(rows())

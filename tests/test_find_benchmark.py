@@ -76,3 +76,8 @@ def test_dry_run_of_cleanlab(find, monkeypatch, tmp_path):
 def test_missing_data_are_named(find, tmp_path, capsys):
     find.do_run(('clothing','symmetric 30',0,'lr'), tmp_path)
     assert 'clothing_features.npz' in capsys.readouterr().out and not find.FILE.exists()
+
+def test_print_tables(find, capsys):
+    find.print_tables(frame(find))
+    out = capsys.readouterr().out
+    assert 'audit_3 − best' in out and out.index('lr self_confidence') < out.index('top_loss')
