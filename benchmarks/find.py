@@ -236,7 +236,8 @@ def against_best(df):
     t = 100*named(df).pivot_table(index=KEY[:3], columns='way', values='average_precision', sort=False)
     theirs = t[[o for o in t if o.startswith(('lr','mlp'))]]
     ours = t[[o for o in t if o.startswith('audit')]]
-    return ours.sub(theirs.max(axis=1), axis=0).add_suffix(' − best').assign(best=theirs.max(axis=1), way=theirs.idxmax(axis=1))
+    best = theirs.max(axis=1)
+    return ours.sub(best, axis=0).add_suffix(' − best').assign(best=best, way=theirs.idxmax(axis=1))
 
 @pd.option_context('display.width', 200, 'display.max_rows', None, 'display.max_columns', None)
 def print_tables(df):
