@@ -160,10 +160,11 @@ class Projection(Module):
     "Principal components of features, the first of which has a standard deviation of 1; nothing of it is trained"
     def __init__(self,
         x:np.ndarray, # Features to find the components of, shape (n, features)
-        size:int=256, # At most so many components
+        size:int=None, # At most so many components; `None`: one for ten items, 16 to 256
         seed:int=0 # Of the draw of items, where there are many
     ):
         from sklearn.decomposition import PCA
+        if size is None: size = min(256, max(16, len(x)//10))
         some = np.sort(np.random.default_rng(seed).permutation(len(x))[:20_000])
         found = PCA(min(size, x.shape[1], len(some)), random_state=seed).fit(x[some].astype(np.float32))
         scale = max(float(found.explained_variance_[0])**.5, 1e-6)
@@ -214,7 +215,7 @@ def feature_dls(
     folder=None, # Folder for files of features; `None`: `features` in the learner's
     bs:int=None, # Items a batch in training on features; `None`: 64, or 128 from 5,000 items on
     body_bs:int=64, # Items a batch of the body
-    n_components:int=256, # At most so many principal components
+    n_components:int=None, # At most so many principal components; `None`: one for ten items, 16 to 256
     seed:int=0, # Of the components, and of the order of batches
     progress:bool=True # Show a bar
 )->DataLoaders: # With `projection`, the layer between body and head
