@@ -1,10 +1,11 @@
 "From images to suspects, and from the page to a clean list of labels."
 import json, re, shutil, warnings, numpy as np, pandas as pd, pytest, torch
-from fastai.vision.all import get_image_files, resnet18, set_seed
+from fastai.vision.all import get_image_files, Normalize, resnet18, set_seed
 from fastcore.script import anno_parser
 import fastai_jocor.features as features
 from fastai_jocor.files import read_table, write_table
 from fastai_jocor.lab.commands import jocor_audit
+from fastai_jocor.lab.images import audit_learner, readable
 from fastai_jocor.lab.review import apply_reviewed, read_labels
 from pictures import digit_files
 
@@ -247,3 +248,15 @@ def test_odd_names_and_a_bom(wrong_pictures, body, tmp_path):
     items = read_table(tmp_path/'out'/'items.csv')
     assert set(items.given_label) == {'NA', *names} and 'line\nend "quoted".png' in set(items['item'])
     assert len(items) == len(df)
+
+@pytest.mark.parametrize('arch,mean', [('resnet18', .485), ('tf_efficientnet_lite0', .5)])
+def test_pictures_are_normalised_as_the_body_knows_them(arch, mean, wrong_pictures, body, tmp_path):
+    "Each body once: with the statistics that its weights were trained with"
+    import timm
+    if arch != 'resnet18':
+        body = tmp_path/'weights.pth'
+        torch.save(timm.create_model(arch, pretrained=False).state_dict(), body)
+    good,_ = readable(read_labels(wrong_pictures[0]), wrong_pictures[0])
+    learn = audit_learner(good, wrong_pictures[0], arch, body, size=32, out=tmp_path)
+    means = [float(o.mean.flatten()[0]) for o in learn.dls.train.after_batch.fs if isinstance(o, Normalize)]
+    assert means == [pytest.approx(mean)]

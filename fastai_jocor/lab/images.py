@@ -24,7 +24,8 @@ def readable(
     else: bad = set(verify_images(files))
     ok = np.array([o not in bad for o in files])
     good,others = df[ok],df.file[~ok].tolist()
-    some = f"{len(others)} of {len(df)} images cannot be read, such as {str(root/others[0])!r}, and " if others else ''
+    some = ''
+    if others: some = f"{len(others)} of {len(df)} images cannot be read, such as {str(Path(root)/others[0])!r}, and "
     if good.label.nunique() < 2: raise ValueError(f"{some}fewer than two classes are left")
     if len(good) < least: raise ValueError(f"{some}only {len(good)} images are left: at least {least} are needed")
     return good,others
@@ -68,7 +69,7 @@ def _image_dls(df, root, size, bs, valid):
                   splits=[np.setdiff1d(np.arange(len(df)), at).tolist(), at.tolist()])
     return ds.dataloaders(bs=min(bs, len(ds.train)), drop_last=len(ds.train) > bs,
                           num_workers=0 if len(df) < 2000 else defaults.cpus, after_item=[Resize(size), ToTensor],
-                          after_batch=[IntToFloatTensor, Normalize.from_stats(*imagenet_stats)])
+                          after_batch=[IntToFloatTensor])
 
 def audit_learner(
     df:pd.DataFrame, # `file` and `label`, each file readable; `valid`, bool, where some are for validation
@@ -87,7 +88,8 @@ def audit_learner(
     name,kwargs = find_arch(arch, weights)
     set_seed(seed)
     dls = _image_dls(df, root, size, bs, valid)
-    try: return vision_learner(dls, name, pretrained=pretrained, normalize=False, metrics=accuracy, path=out, **kwargs)
+    if pretrained and 'cut' in kwargs: dls.add_tfms([Normalize.from_stats(*imagenet_stats)], 'after_batch')
+    try: return vision_learner(dls, name, pretrained=pretrained, metrics=accuracy, path=out, **kwargs)
     except Exception as e:
         if not pretrained or weights is not None: raise
         raise ValueError(f"the weights of {arch} could not be had ({type(e).__name__}: {e}): run once with a network, "
