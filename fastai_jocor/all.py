@@ -31,4 +31,11 @@ from .lab.store import CropFlip
 from .lab.data import InMemoryDataLoaders
 from .lab.datasets import cifar100_dls, cifar10_dls, digits_dls, jocor_cnn, jocor_mlp, mnist_dls
 
-__all__ = [o for o in dir() if not o.startswith('_')]
+__all__ = ['joint_loss', 'peer_contrast', 'peer_losses', 'plain_lambda', 'default_num_gradual', 'forget_schedule',
+           'select_small', 'estimate_noise', 'Ledger', 'NoiseEstimate', 'make_peers', 'Peers', 'AutocastBF16',
+           'Checkpoint', 'PeersCallback', 'JoCorCallback', 'CoTeachingCallback', 'CoTeachingPlusCallback',
+           'ForwardLoss', 'SCELoss', 'Asymmetric', 'LabelNoise', 'NoiseRecord', 'PairFlip', 'plot_noise',
+           'Symmetric', 'Transition', 'InstanceDependent', 'HumanLabels', 'make_noise', 'NoisyCategoryBlock',
+           'show_flipped', 'load_ledger', 'read_table', 'save_ledger', 'write_table', 'rank_suspects', 'cleaned',
+           'feature_dls', 'feature_learner', 'audit_labels', 'LabelAudit', 'CropFlip', 'InMemoryDataLoaders',
+           'cifar100_dls', 'cifar10_dls', 'digits_dls', 'jocor_cnn', 'jocor_mlp', 'mnist_dls']

@@ -92,35 +92,35 @@ class Selection:
     world:int = 1 # Processes that train together
     across:bool = False # Whether items are compared over all processes
     checked:bool = False # Whether a batch was found to be one that can be trained on
-    per_sample:callable = None # As `per_sample_loss` gives it
-    unweighted:callable = None # The same without class weights
-    weight:Tensor = None # Class weights, shape (C,)
-    no_label:int = None # The label that says that an item has none; `None` where all items have one
+    per_sample:Callable|None = None # As `per_sample_loss` gives it
+    unweighted:Callable|None = None # The same without class weights
+    weight:Tensor|None = None # Class weights, shape (C,)
+    no_label:int|None = None # The label that says that an item has none; `None` where all items have one
     multi_label:bool = False # Whether an item may have several labels
-    n_classes:int = None # Number of classes
+    n_classes:int|None = None # Number of classes
     tells:bool = False # Whether the loader tells which items it gives
     named:bool = False # Whether labels are places in a vocabulary: a negative one is looked for in one batch only
-    loss_func:callable = None # The learner's own
-    last_loss:Tensor = None # The latest finite loss, for the table
+    loss_func:Callable|None = None # The learner's own
+    last_loss:Tensor|None = None # The latest finite loss, for the table
     # the epoch
     R:float = 0. # Share of a batch that is dropped
     owed:float = 0. # Items to drop that no batch has dropped yet, as `R*n` is seldom whole; or a tensor of it
-    evidence:object = None # The `Evidence` of the fit
-    items:Tensor = None # Positions in the training set in the order of the epoch; `None`: not told
-    repeated:Tensor = None # Which of them fill up another process's share
+    evidence:object|None = None # The `Evidence` of the fit
+    items:Tensor|None = None # Positions in the training set in the order of the epoch; `None`: not told
+    repeated:Tensor|None = None # Which of them fill up another process's share
     # the batch
     at:int = 0 # Place of its first item in the epoch
     n:int = 0 # Items that the loader gave
-    bad:Tensor = None # Which items are not finite, shape (N,), bool; `None` for none
-    ignored:Tensor = None # Which items have no label, shape (N,), bool; `None` where all have one
-    pruned:Tensor = None # Places of the items that are left after pruning; `None` for all
+    bad:Tensor|None = None # Which items are not finite, shape (N,), bool; `None` for none
+    ignored:Tensor|None = None # Which items have no label, shape (N,), bool; `None` where all have one
+    pruned:Tensor|None = None # Places of the items that are left after pruning; `None` for all
     recorded:bool = False # Whether what it shows was recorded before it was pruned
-    logits:Tensor = None # Of the peers, shape (k, N, C), without gradient
-    log_probs:Tensor = None # Their logarithmic probabilities, shape (k, N, C), with gradient
-    pred:Tensor = None # Logarithm of the peers' mean probability, shape (N, C)
-    targ:Tensor = None # Given labels, shape (N,), or (N, C) of 0 and 1
-    kept:Tensor = None # Places of the kept items, or how often each is kept, shape (N,), float
-    losses:Tensor = None # Loss per sample, shape (N,)
+    logits:Tensor|None = None # Of the peers, shape (k, N, C), without gradient
+    log_probs:Tensor|None = None # Their logarithmic probabilities, shape (k, N, C), with gradient
+    pred:Tensor|None = None # Logarithm of the peers' mean probability, shape (N, C)
+    targ:Tensor|None = None # Given labels, shape (N,), or (N, C) of 0 and 1
+    kept:Tensor|None = None # Places of the kept items, or how often each is kept, shape (N,), float
+    losses:Tensor|None = None # Loss per sample, shape (N,)
 
     @property
     def reads_are_free(self):
@@ -184,7 +184,7 @@ def _on_cpu(t): return t.device.type == 'cpu'
 def check_classes(
     pred:Tensor, # Logits of one model, shape (N, C)
     y:Tensor, # Targets
-    no_label:int=None # A label that says that an item has none
+    no_label:int|None=None # A label that says that an item has none
 ):
     "A `ValueError` if targets are not class indices in [0, C)"
     if y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool:

@@ -30,19 +30,19 @@ _written = ("none, symmetric:0.2, pairflip:0.2, asymmetric:0.2, asymmetric:0.2:m
 
 def make_noise(
     noise # A noise model, its name in text, or `None`
-)->LabelNoise: # A noise model, or `None` for no noise
+)->LabelNoise|None: # A noise model, or `None` for no noise
     "Return the noise model that a text names, or raise a `ValueError`"
     if noise is None or noise == 'none': return None
     if isinstance(noise, LabelNoise): return noise
     name,_,rest = noise.partition(':') if isinstance(noise, str) else ('','','')
     which,_,file = rest.partition(':')
     if name == 'human' and file: return HumanLabels(file, which)
-    rate,*args = rest.split(':')
+    share,*args = rest.split(':')
     exact,args = dict(exact=True) if 'exact' in args else {},[o for o in args if o != 'exact']
     error = f"noise={noise!r} must be a noise model, such as Symmetric(0.2), or written as {_written}"
     kind = str(noise).partition(':')[0]
     error += '' if kind in noise_models else did_you_mean(kind, [*noise_models,'none'])
-    try: rate = float(rate)
+    try: rate = float(share)
     except ValueError as e: raise ValueError(error) from e
     if name not in noise_models or name == 'human' or len(args) > (name == 'asymmetric'): raise ValueError(error)
     return noise_models[name](rate, *args, **exact)
@@ -165,7 +165,7 @@ def _root(items):
 def NoisyCategoryBlock(
     noise, # Noise model, such as `Symmetric(0.2)`, or its name, such as `symmetric:0.2`
     seed:int=0, # Seed of the draw
-    vocab=None, # List of unique class names
+    vocab:Sequence|None=None, # List of unique class names
     sort:bool=True, # Sort the classes alphabetically
     add_na:bool=False # Add `#na#` to `vocab`
 )->TransformBlock: # For the `blocks` of a `DataBlock`
@@ -184,7 +184,7 @@ class FlippedLabel(Category):
 def show_flipped(
     dls, # `DataLoaders` with corrupted labels, or their training loader
     max_n:int=9, # Maximum number of items to show
-    ctxs=None, # List of objects on which to show the items, such as axes
+    ctxs:Sequence|None=None, # List of objects on which to show the items, such as axes
     **kwargs # To fastai's `show_batch`
 )->None:
     "Show training items as `show_batch` does, with flipped labels in red and the true ones below"

@@ -10,9 +10,10 @@ __all__ = ['JoCorCallback']
 # %% ../nbs/08_callback.ipynb #729d910c
 import torch
 from numbers import Integral
+from typing import Literal
 from fastai.basics import *
-from .losses import (check_choice, check_co_lambda, check_contrast, check_number, default_co_lambda,
-                                 joint_loss, joint_loss_multi, peer_losses)
+from .losses import (check_choice, check_co_lambda, check_contrast, check_number, Contrast,
+                                 default_co_lambda, joint_loss, joint_loss_multi, peer_losses)
 from .selection import class_quantiles
 from .evidence import Evidence, evidence_state, hidden_from, load_evidence
 from .prune import Prune
@@ -27,16 +28,16 @@ class JoCorCallback(PeersCallback):
     "Train k peers by one joint loss, on the items whose labels look right (JoCoR, Wei et al. 2020)"
     def __init__(self,
         k:int=2, # Number of peers, at least 1; 1 is small-loss training of a single network
-        co_lambda:float=None, # Weight λ of the contrast, in [0, 1]; `None`: by evidence, or 0.8 with a schedule
-        forget_rate=None, # τ, share of wrong labels, in [0, 1); `None` or `auto`: found in training
-        contrast:str='kl', # `kl`, `kl_circular`, `ce` or `ce_circular`
-        num_gradual:int=None, # Epochs over which R rises to τ, with a schedule; `None`: see `default_num_gradual`
+        co_lambda:float|None=None, # Weight λ of the contrast, in [0, 1]; `None`: by evidence, or 0.8
+        forget_rate:float|str|None=None, # τ, share of wrong labels; `None` or `auto`: found in training
+        contrast:Contrast='kl', # `kl`, `kl_circular`, `ce` or `ce_circular`
+        num_gradual:int|None=None, # Epochs of a schedule's rise; `None`: see `default_num_gradual`
         exponent:float=1., # Exponent c > 0 of a schedule: the rise ends at τ**c
-        prune:str=None, # `exact` or `approx` leave out what selection throws away; `None` computes all
+        prune:Literal['exact','approx']|None=None, # Leave out what is thrown away; `None` computes all
         refresh:int=5, # Epochs from one computation of all losses to the next with `approx`, at least 1
         balance:float=0., # How far a schedule makes up for classes that have fallen behind, in [0, 1]
-        rule:str=None, # `evidence` or `schedule`; `None`: evidence, or a schedule where its arguments ask for it
-        hidden:float=None, # Share of items hidden from each peer, in [0, 1/k]; `None`: 0.1, or 1/k if less
+        rule:Literal['evidence','schedule']|None=None, # `None`: by the other arguments
+        hidden:float|None=None, # Share hidden from each peer, in [0, 1/k]; `None`: 0.1, or 1/k if less
         without:tuple=(), # Names of parts of the evidence that are switched off, for research: `Evidence.parts`
         **kwargs # `models`, `init`, `seed`, `restart`, `select`, `rounding`, `first_epoch`: see `PeersCallback`
     ):
@@ -87,7 +88,7 @@ class JoCorCallback(PeersCallback):
 def paper(cls:JoCorCallback,
     k:int=2, # Number of peers
     co_lambda:float=.9, # Weight λ of the contrast, in [0, 1]
-    forget_rate:float=None, # τ, in [0, 1); for asymmetric noise of rate ε the official code takes ε/2
+    forget_rate:float|None=None, # τ, in [0, 1); the official code takes ε/2 for asymmetric noise of rate ε
     num_gradual:int=10, # Epochs over which R rises to τ
     **kwargs # Of `JoCorCallback`
 )->PeersCallback: # A `JoCorCallback`
@@ -141,7 +142,7 @@ def estimates(self:JoCorCallback)->bool: # True only with a schedule
     return not self.by_evidence and FitState.estimates.fget(self)
 
 @patch(as_prop=True)
-def tau(self:JoCorCallback)->float: # In [0, 1), or `None`
+def tau(self:JoCorCallback)->float|None: # In [0, 1), or `None`
     "The share of wrong labels: as given, or as found so far"
     if not self.by_evidence: return FitState.tau.fget(self)
     if self.forget_rate not in (None,'auto'): return self.forget_rate

@@ -72,7 +72,7 @@ def _predicted(suspects, vocab):
 class KnownLabel(Transform):
     "Return the class name of an item as it is; the record of label noise is at `noise`"
     def __init__(self,
-        noise:NoiseRecord=None # The record; `None` for none
+        noise:NoiseRecord|None=None # The record; `None` for none
     ):
         if noise is not None: self.noise = noise
     def encodes(self, o:str): return o

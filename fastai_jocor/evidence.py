@@ -21,7 +21,7 @@ def hidden_from(
     n:int, # Number of training items
     k:int, # Number of peers
     seed:int=0, # Of the draw
-    share:float=None # Share of the items that are hidden from each peer, in [0, 1/k]; `None`: 0.1, or 1/k if less
+    share:float|None=None # Hidden from each peer, in [0, 1/k]; `None`: 0.1, or 1/k if less
 )->Tensor: # Shape (n,), int64: the peer that never trains on an item; -1 for none
     "Draw the items that are hidden from each peer, no item from two"
     if share is None: share = min(.1, 1/k)
@@ -75,7 +75,7 @@ def keep_by_margin(
     by:Tensor, # Margin of each item, shape (N,)
     threshold:float, # Margin above which an item is dropped
     n, # At least so many are dropped if their margin is above 0: a number, or a tensor of one
-    usable:Tensor=None # Which items may be kept at all, shape (N,), bool; `None` for all
+    usable:Tensor|None=None # Which items may be kept at all, shape (N,), bool; `None` for all
 )->Tensor: # Whether an item is kept, shape (N,), bool
     "Find the items that are kept, without a host synchronisation"
     if usable is not None: by = by.masked_fill(~usable, -torch.inf)
@@ -97,10 +97,10 @@ class Evidence:
         k:int, # Number of peers
         n_classes:int, # Number of classes C
         seed:int=0, # Of the draw of hidden items
-        tau:float=None, # Share of wrong labels where it is known, in [0, 1); `None` where not
+        tau:float|None=None, # Share of wrong labels where it is known, in [0, 1); `None` where not
         device='cpu', # Where the figures of the items are kept
         without:tuple=(), # Parts that are switched off, for research
-        share:float=None # Share of the items that are hidden from each peer, in [0, 1/k]; `None`: 0.1, or 1/k if less
+        share:float|None=None # Hidden from each peer, in [0, 1/k]; `None`: 0.1, or 1/k if less
     ):
         self.n,self.k,self.n_classes,self.tau,self.without = n,k,n_classes,tau,without
         self.hidden = hidden_from(n, k, seed, share).to(device)
@@ -196,7 +196,7 @@ def look_at_batch(
     log_p:Tensor, # Log of the peers' mean probability, shape (N, C)
     targ:Tensor, # Given labels, shape (N,)
     idx:Tensor, # Positions of the items in the training set, shape (N,)
-    usable:Tensor=None # Which items have a label and finite logits, shape (N,), bool; `None` for all
+    usable:Tensor|None=None # Items with a label and finite logits, shape (N,), bool; `None` for all
 )->Tensor: # What the items are compared by, shape (N,): the running margin, as far as it counts
     "Bring running margins and shares up to date"
     log_p,targ = log_p.float(),targ.long()

@@ -24,7 +24,7 @@ from .files import write_text
 class Pool(Module):
     "One vector for each item: means over places or tokens; fastai's own pooling for text"
     def __init__(self,
-        bptt:int=None # Of a text classifier
+        bptt:int|None=None # Of a text classifier
     ): self.bptt = bptt
     def forward(self, out):
         if isinstance(out, tuple): return masked_concat_pool(*out, self.bptt)
@@ -33,7 +33,7 @@ class Pool(Module):
 
 def body_of(
     model:nn.Module # Of a learner
-)->nn.Module: # Gives a vector for each item; `None` for a model without a body of its own, such as one for tables
+)->nn.Module|None: # Gives a vector for each item; `None` without a body of its own, as for tables
     "The part of a model whose features are kept, and their pooling"
     if isinstance(model, Peers): model = model.peer(0)
     parts = list(model.children()) if isinstance(model, nn.Sequential) else []
@@ -92,7 +92,7 @@ def _item_key(ds, item):
 def feature_key(
     body:nn.Module, # Of `body_of`
     dl:DataLoader # Of the items
-)->str: # 32 characters; `None` for a data set without a list of items
+)->str|None: # 32 characters; `None` for a data set without a list of items
     "A hash of all that features depend on"
     ds,items = dl.dataset,getattr(dl.dataset, 'tls', [None])[0]
     if items is None: return None
@@ -126,7 +126,7 @@ def _opened(file, n):
 def kept_features(
     body:nn.Module, # Of `body_of`
     dl:DataLoader, # Of the items
-    folder=None, # Folder for files of features; `None` keeps them in memory only
+    folder:str|Path|None=None, # Folder for files of features; `None` keeps them in memory only
     bs:int=64, # Items a batch
     progress:bool=True # Show a bar
 )->np.ndarray: # Shape (n, features), float16
@@ -160,7 +160,7 @@ class Projection(Module):
     "Principal components of features, the first of which has a standard deviation of 1; nothing of it is trained"
     def __init__(self,
         x:np.ndarray, # Features to find the components of, shape (n, features)
-        size:int=None, # At most so many components; `None`: one for ten items, 16 to 256
+        size:int|None=None, # At most so many components; `None`: one for ten items, 16 to 256
         seed:int=0 # Of the draw of items, where there are many
     ):
         from sklearn.decomposition import PCA
@@ -212,10 +212,10 @@ def _projected(projection, x):
 
 def feature_dls(
     learn:Learner, # Of `vision_learner` or `text_classifier_learner`; it is not changed
-    folder=None, # Folder for files of features; `None`: `features` in the learner's
-    bs:int=None, # Items a batch in training on features; `None`: 64, or 128 from 5,000 items on
+    folder:str|Path|None=None, # Folder for files of features; `None`: `features` in the learner's
+    bs:int|None=None, # Items a batch in training on features; `None`: 64, or 128 from 5,000 items on
     body_bs:int=64, # Items a batch of the body
-    n_components:int=None, # At most so many principal components; `None`: one for ten items, 16 to 256
+    n_components:int|None=None, # At most so many principal components; `None`: one for ten items
     seed:int=0, # Of the components, and of the order of batches
     progress:bool=True # Show a bar
 )->DataLoaders: # With `projection`, the layer between body and head

@@ -9,6 +9,7 @@ __all__ = ['nearest_of', 'LabelAudit', 'audit_labels']
 
 # %% ../nbs/16b_find.ipynb #769fcf81
 import numpy as np, pandas as pd
+from typing import Literal
 from scipy import special
 from fastai.basics import *
 from fastai.vision.data import get_grid
@@ -38,13 +39,15 @@ def _note_of(table, pairs, far):
             note[i] = note[i] or f'almost equal to {b["item"]}{where}, labelled {b.given_label}'
     return note
 
-class LabelAudit:
+_Patched:Any = object # For type checkers: other cells give the class its methods
+
+class LabelAudit(_Patched):
     "What was found of the labels of a learner's items: `table` has a row for each"
     def __init__(self,
         learn:Learner, # Whose items were audited
         heads:Learner, # That was trained for it
         cb:JoCorCallback, # That trained it
-        neighbours:tuple=None # Of `nearest_of`; `None` where there are no features
+        neighbours:tuple|None=None # Of `nearest_of`; `None` where there are no features
     ):
         self.learn,self.heads,self.cb = learn,heads,cb
         loaders = [o for o in zip(('train','valid'), heads.dls.loaders, learn.dls.loaders) if len(o[1].dataset)]
@@ -92,7 +95,7 @@ def _check_part(part):
 
 @patch
 def expected_wrong(self:LabelAudit,
-    part:str=None # `train` or `valid`; `None` for both
+    part:Literal['train','valid']|None=None # `None` for both
 )->dict: # `expected`, `low` and `high`, numbers of labels; `n`, of which there are
     "How many labels are wrong"
     _check_part(part)
@@ -115,9 +118,9 @@ def __repr__(self:LabelAudit): return f'LabelAudit: {self}'
 # %% ../nbs/16b_find.ipynb #d5bde8a2
 @patch
 def suspects(self:LabelAudit,
-    n:int=None, # At most so many; `None` for all
+    n:int|None=None, # At most so many; `None` for all
     least:float=.5, # Least probability that the label is wrong, in [0, 1]
-    part:str=None, # `train` or `valid`; `None` for both
+    part:Literal['train','valid']|None=None, # `None` for both
     anyway:bool=False # List items even if nothing was learned
 )->pd.DataFrame: # Rows of `table`, the most probably wrong first
     "The items whose labels are probably wrong"
@@ -156,9 +159,9 @@ def pred_probs(self:LabelAudit)->np.ndarray: # Shape (n, C), as in `table`
 @patch
 def plot(self:LabelAudit,
     n:int=9, # Number of suspects
-    suspects:pd.DataFrame=None, # Of `suspects`, some of them or in another order; `None` for the first
-    ncols:int=None # Pictures in a row; `None`: about as many as rows
-)->list: # Axes; `None` where there is no suspect
+    suspects:pd.DataFrame|None=None, # Of `suspects`, perhaps in another order; `None` for the first
+    ncols:int|None=None # Pictures in a row; `None`: about as many as rows
+)->list|None: # Axes; `None` where there is no suspect
     "Show suspects with their given and predicted labels, in green where the prediction is known to be right"
     s = (self.suspects() if suspects is None else suspects).head(n)
     if not len(s): return
@@ -171,9 +174,9 @@ def plot(self:LabelAudit,
 def audit_labels(
     learn:Learner, # With one class an item; it is not changed
     k:int=3, # Number of heads, at least 2
-    epochs:int=None, # Number of epochs; `None`: 10 to 30
+    epochs:int|None=None, # Number of epochs; `None`: 10 to 30
     lr:float=3e-3, # Largest learning rate of one cycle
-    folder=None, # Folder for files of features; `None`: `features` in the learner's
+    folder:str|Path|None=None, # Folder for files of features; `None`: `features` in the learner's
     seed:int=0, # Of weights, batches, and of which head is not told what
     features:bool=True, # Train heads on features; False: train the whole model from new weights
     fine_tune:int=0, # Epochs in which the body is trained too, with the heads back on it; slow

@@ -33,8 +33,8 @@ def fused_adam(
 
 def feature_learner(
     learn:Learner, # Its body, its loss and its metrics are used; it is not changed
-    dls:DataLoaders=None, # Of `feature_dls`; `None` makes them
-    head:nn.Module=None, # (N, features) → (N, C); `None` for `new_head`
+    dls:DataLoaders|None=None, # Of `feature_dls`; `None` makes them
+    head:nn.Module|None=None, # (N, features) → (N, C); `None` for `new_head`
     **kwargs # To `Learner`
 )->Learner: # On features
     "A learner that trains a head on what the body of another one sees"

@@ -50,7 +50,7 @@ def read_label_file(
 # %% ../nbs/11_human.ipynb #dd136b96
 def file_number(
     name # Name or path of a file
-)->int: # Its number, or `None` where the name holds none, or several
+)->int|None: # Its number, or `None` where the name holds none, or several
     "Return the number in a file's name: one that stands alone, as in `cifar10_0017`, or the only one, as in `cat17`"
     stem = Path(str(name)).stem if '.' in str(name) else Path(str(name)).name
     found = re.findall(r'(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])', stem) or re.findall(r'\d+', stem)
@@ -70,7 +70,7 @@ class HumanLabels(LabelNoise):
     def __init__(self,
         file, # `CIFAR-10_human.pt` or `CIFAR-100_human.pt`
         which:str, # CIFAR-10N: `aggre`, `random1`, `random2`, `random3` or `worse`; CIFAR-100N: `noisy`
-        start:int=None # First number of the files in a class folder, 0 or 1; `None` infers it
+        start:int|None=None # First number of the files in a class folder, 0 or 1; `None` infers it
     ):
         labels = read_label_file(file)
         have = [k for k,v in _human.items() if v in labels]

@@ -36,7 +36,7 @@ def _spread(n, most): return np.linspace(0, n-1, min(n, most)).astype(int).tolis
 def some_labels(
     ds, # A training set
     most:int=256 # Items to look at
-)->list: # Class indices of items that are evenly spread; `None` where they cannot be read alone
+)->list|None: # Class indices of items that are evenly spread; `None` where they cannot be read alone
     "Read some given labels"
     read = _readers(ds)[1]
     if read is None: return None
@@ -61,7 +61,7 @@ def _mark(x):
 def some_inputs(
     ds, # A training set
     most:int=8 # Items to look at
-)->list: # What tells their inputs apart; `None` where they cannot be read alone, or differ from one time to the next
+)->list|None: # What tells inputs apart; `None` where they cannot be read alone, or differ each time
     "Look at some inputs"
     read = _readers(ds)[0]
     if read is None or not len(ds): return None
@@ -72,7 +72,7 @@ def some_inputs(
 def other_inputs(
     old:list, # Of `some_inputs`
     new:list # Of as many items
-)->bool: # `None` where it cannot be told, as where shapes differ
+)->bool|None: # `None` where it cannot be told, as where shapes differ
     "Whether most inputs are others"
     pairs = [(a, b) for a,b in zip(old or [], new or []) if a and b and a[0] == b[0]]
     return sum(a != b for a,b in pairs) > len(pairs)/2 if pairs else None

@@ -23,7 +23,7 @@ def _rgb(im):
 
 def item_pixels(
     o, # File of an image, image, array, tensor or numbers
-    size:int=None # Side to which an image is shrunk first, in pixels; `None` leaves it
+    size:int|None=None # Side to which an image is shrunk first, in pixels; `None` leaves it
 )->np.ndarray: # Shape (m,), float64; pixels of images in [0, 1]
     "Return the content of an item as a flat vector"
     if isinstance(o, (str,os.PathLike)):
@@ -59,9 +59,9 @@ class InstanceDependent(LabelNoise):
     def __init__(self,
         rate:float, # Mean flip rate before the truncation to [0, 1], in (0, 1]
         std:float=0.1, # Standard deviation of the items' flip rates, greater than 0
-        size:int=None, # Side to which images are shrunk for the projection, in pixels; `None`: they are of one size
+        size:int|None=None, # Side to which images are shrunk, in pixels; `None`: all of one size
         exact:bool=False, # Flip exactly `rate` of the items
-        get_x=None # Function from an item to its image or numbers; `None`: a file, an image, an array or a tensor
+        get_x:Callable|None=None # From an item to its image or numbers; `None`: file, image or array
     ):
         self.rate = check_number('rate', rate, lambda v: 0 < v <= 1, 'lie in (0, 1]: the mean flip rate')
         self.std = check_number('std', std, lambda v: v > 0, 'be greater than 0: the deviation of the flip rates')

@@ -57,9 +57,9 @@ class NoValidation(Callback):
 def fit_heads(
     learn:Learner, # It is not changed
     k:int=3, # Number of peers, at least 2
-    epochs:int=None, # Number of epochs; `None`: see `default_epochs`
+    epochs:int|None=None, # Number of epochs; `None`: see `default_epochs`
     lr:float=3e-3, # Largest learning rate of one cycle
-    folder=None, # Folder for files of features; `None`: `features` in the learner's
+    folder:str|Path|None=None, # Folder for files of features; `None`: `features` in the learner's
     features:bool=True, # Train heads on features; False: train the whole model from new weights
     seed:int=0, # Of weights, batches, and of which peer is not told what
     progress:bool=True, # Show bars
@@ -113,7 +113,7 @@ class Judgement:
         said:np.ndarray, # Of `peer_log_probs`, shape (k, n, C)
         hidden:np.ndarray, # The peer that was not told each label, shape (n,); -1 where none was
         given:np.ndarray, # Given labels, shape (n,)
-        posterior:LabelPosterior=None # Of other items; `None` for one of these
+        posterior:LabelPosterior|None=None # Of other items; `None` for one of these
     ):
         k,n,self.n_classes = said.shape
         self.given = given

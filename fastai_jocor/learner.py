@@ -9,6 +9,8 @@ __all__ = ['PeerSplitter']
 
 # %% ../nbs/03b_learner.ipynb #536786f8
 from fastai.basics import *
+from collections.abc import Callable
+from typing import Literal
 from .peers import check_k, make_peers, Peers
 
 # %% ../nbs/03b_learner.ipynb #a04375d2
@@ -50,9 +52,9 @@ def _new_opt(learn, like):
 @patch
 def to_peers(self:Learner,
     k:int=2, # Number of peers, at least 1
-    models=None, # A list of k models, or a factory called once a peer; `None`: from the learner's model
-    init:str=None, # Layers that draw new weights: `all`, `head`; `None`: `head` if pretrained or frozen
-    seed:int=None # Seed of the peers' weights; `None` draws one from torch's random state
+    models:list|Callable|None=None, # k models, or a factory of one; `None`: from the learner's model
+    init:Literal['all','head']|None=None, # Of new weights; `None`: `head` if pretrained or frozen
+    seed:int|None=None # Seed of the peers' weights; `None` draws one from torch's random state
 )->Learner: # The learner
     "Turn the learner's model into peers, with an optimizer over all of them, or leave both as they were"
     check_k(k)

@@ -10,6 +10,7 @@ __all__ = ['Ledger', 'seen_items', 'confident_joint', 'transition_of', 'NoiseEst
 # %% ../nbs/02_ledger.ipynb #d91990fd
 import numpy as np, pandas as pd, torch
 from dataclasses import dataclass
+from typing import Any
 from fastcore.basics import patch
 from torch import Tensor
 
@@ -19,7 +20,9 @@ def _turns(idx):
     s,order = idx.sort(stable=True)
     return torch.empty_like(idx).scatter_(0, order, torch.arange(len(s), device=s.device) - torch.searchsorted(s, s))
 
-class Ledger:
+_Patched:Any = object # For type checkers: other cells give the class its methods
+
+class Ledger(_Patched):
     "Keep running figures of every training item, 52 bytes each, however long the training"
     _ints = ('seen','scored','agreed','as_given','predicted_label','lead','given_label')
     _floats = ('kept','loss','last_loss','recent_loss','prob','conf')

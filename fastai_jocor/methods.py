@@ -8,6 +8,7 @@ Docs: https://fastai-jocor.github.io/fastai_jocor/methods.html.md"""
 __all__ = ['CoTeachingCallback', 'CoTeachingPlusCallback', 'ForwardLoss', 'SCELoss']
 
 # %% ../nbs/09_methods.ipynb #df98e83f
+from typing import Literal
 from fastai.basics import *
 from .losses import check_number, peer_losses
 from .transition import check_transition
@@ -20,8 +21,8 @@ class CoTeachingCallback(PeersCallback):
     several_labels = False
     def __init__(self,
         k:int=2, # Number of peers, at least 2: a peer is taught by another
-        forget_rate=None, # τ, share to drop in the end, in [0, 1), or `auto`; `None`: `dls.noise`'s, or `auto`
-        num_gradual:int=None, # Epochs over which R rises to τ; `None`: see `default_num_gradual`
+        forget_rate:float|str|None=None, # τ, to drop in the end, in [0, 1); `None`: `dls.noise`'s, or `auto`
+        num_gradual:int|None=None, # Epochs over which R rises to τ; `None`: see `default_num_gradual`
         exponent:float=1., # Exponent c > 0: the rise ends at τ**c
         **kwargs # `models`, `init`, `seed`, `restart`, `select`: see `PeersCallback`
     ):
@@ -88,7 +89,7 @@ class ForwardLoss(CrossEntropyLossFlat):
     def __init__(self,
         matrix, # `matrix[i][j]`: probability of label j for class i, such as `dls.noise.matrix`
         axis:int=-1, # Axis of the classes
-        reduction:str='mean' # `mean`, `sum` or `none`
+        reduction:Literal['mean','sum','none']='mean' # Over the items
     ): BaseLoss.__init__(self, _Forward, matrix, axis=axis, reduction=reduction)
 
 class SCELoss(CrossEntropyLossFlat):
@@ -98,7 +99,7 @@ class SCELoss(CrossEntropyLossFlat):
         beta:float=1., # Weight of the reverse cross-entropy, at least 0; the paper: 0.1 for CIFAR-100
         A:float=-4., # What log 0 is taken for, below 0; the paper's
         axis:int=-1, # Axis of the classes
-        reduction:str='mean' # `mean`, `sum` or `none`
+        reduction:Literal['mean','sum','none']='mean' # Over the items
     ):
         for name,v in dict(alpha=alpha, beta=beta).items():
             check_number(name, v, lambda v: 0 <= v < float('inf'), 'be at least 0 and finite')

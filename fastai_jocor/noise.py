@@ -18,7 +18,8 @@ from .transition import *
 from .transition import _draw_each, _draw_exact, _draw_official, _n_classes, _names
 
 # %% ../nbs/10_noise.ipynb #e8cb004a
-class LabelNoise:
+_Patched:Any = object # For type checkers: other cells give the class its methods
+class LabelNoise(_Patched):
     "Base of the noise models: a transition matrix, and how labels are drawn from it"
     draw,exact = 'item',False
     def __init__(self,
@@ -33,7 +34,7 @@ class LabelNoise:
         return f"{type(self).__name__}({', '.join(args)})" + '.official()'*(self.draw=='official')
     def _args(self): return [self.rate]
     def __eq__(self, o): return type(self) is type(o) and repr(self)==repr(o)
-    __hash__ = None
+    __hash__ = None # type: ignore[assignment]
 
     def transition(self,
         classes # Number of classes, or the vocabulary
@@ -60,8 +61,8 @@ def corrupt(self:LabelNoise,
     labels, # True labels, shape (n,), class indices in [0, C)
     classes, # Number of classes C, or the vocabulary
     seed:int=0, # Seed of the draw
-    keys=None, # What identifies each item; `None` for its position
-    items=None # The items themselves, for noise that depends on them
+    keys:Sequence|None=None, # What identifies each item; `None` for its position
+    items:Sequence|None=None # The items themselves, for noise that depends on them
 )->np.ndarray: # Labels after corruption, shape (n,), int64
     "Corrupt the labels; raise a `ValueError` where no label can be corrupted"
     check_number('seed', seed, lambda v: isinstance(v, Integral), 'be an integer')
@@ -169,7 +170,7 @@ class Asymmetric(LabelNoise):
     "From each class of `map` to another, with the probability `rate`; the other classes stay clean"
     def __init__(self,
         rate:float=0.4, # Probability that an item of a mapped class is flipped, in [0, 1]; or the map
-        map=None, # `{from: to}` by name or number of class, or the name of a published map; `None` for CIFAR's own
+        map:dict|str|None=None, # `{from: to}`, or a published map's name; `None`: CIFAR's own
         exact:bool=False # Flip exactly that share of the mapped classes' items, instead of drawing for each
     ):
         if isinstance(rate, dict): rate,map = ifnone(map, 0.4),rate
@@ -200,14 +201,14 @@ def _class_number(o, names, c, own):
     raise ValueError(f"map names class {o!r}, which is not among the {c} classes{listed}")
 
 # %% ../nbs/10_noise.ipynb #9c5562a0
-class NoiseRecord:
+class NoiseRecord(_Patched):
     "What a noise model did to the training items"
     def __init__(self,
         true, # True labels by position in the training set, shape (n,), class indices
         noisy, # Given labels, shape (n,), class indices
         vocab, # Class names, or their number
-        noise_model=None, # The noise model that was applied
-        keys=None # What identifies each item; `None` for its position
+        noise_model:object|None=None, # The noise model that was applied
+        keys:Sequence|None=None # What identifies each item; `None` for its position
     ):
         c = _n_classes(vocab)
         self.true,self.noisy = check_labels(true, c),check_labels(noisy, c)
@@ -252,8 +253,8 @@ def _record_of(dls):
 
 def plot_noise(
     dls, # `DataLoaders` with corrupted labels, or a `NoiseRecord`
-    ax=None, # Axis to plot on; `None` makes one
-    numbers:bool=None # Write the shares into the cells; `None`: for up to 30 classes
+    ax:plt.Axes|None=None, # Axis to plot on; `None` makes one
+    numbers:bool|None=None # Write the shares into the cells; `None`: for up to 30 classes
 )->plt.Axes: # The axis
     "Plot the realised transition matrix as a heat map; rows are true classes, and each sums to 1"
     from sklearn.metrics import ConfusionMatrixDisplay

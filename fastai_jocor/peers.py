@@ -12,6 +12,7 @@ import copy, math, numpy as np, torch
 import torch.nn.functional as F
 from itertools import combinations
 from numbers import Integral
+from typing import Callable, Sequence
 from fastcore.basics import patch
 from torch import nn, Tensor
 from fastai.torch_core import L, trainable_params
@@ -118,7 +119,7 @@ def peer(self:Peers,
 @torch.no_grad()
 def best_peer(self:Peers,
     batches, # Iterable of `(*inputs, targ)` batches, such as `dls.valid`; use clean data where you can
-    score=None # `f(logits (N, C), targ (N,))`: a score per item, larger is better; `None` for accuracy
+    score:Callable|None=None # `f(logits (N, C), targ (N,))`: one per item; `None`: accuracy
 )->nn.Module: # The network itself, not a copy, in evaluation mode
     "Take out the peer with the best mean score on `batches` (accuracy by default)"
     if score is None: score = _is_right
@@ -151,7 +152,7 @@ def _reset_func(m): return getattr(m, 'reset_parameters', None) or getattr(m, '_
 def reset_weights(
     model:nn.Module, # Changed in place
     seed:int, # Seed of the new weights; the global random state stays as it was
-    only=None # Parameters that may change; `None` for all
+    only:Sequence|None=None # Parameters that may change; `None` for all
 )->nn.Module: # `model`
     "Let each layer draw new parameters by its `reset_parameters`, at the scale of the old ones"
     ids = None if only is None else {id(p) for p in only}
@@ -192,10 +193,10 @@ def _same_weights(a, b):
 # %% ../nbs/03_peers.ipynb #55feefa1
 def make_peers(
     model, # A model; a list of k models; or a factory, called without arguments once a peer
-    k:int=None, # Number of peers, at least 1; may be left out for a list
+    k:int|None=None, # Number of peers, at least 1; may be left out for a list
     init:str='all', # For one model: `all` layers draw new weights, or the `head`, the last group of `splitter`
     splitter=trainable_params, # Function of a model that gives its parameter groups, head last
-    seed:int=None # Seed of the new weights; `None` draws one from torch's global random state
+    seed:int|None=None # Seed of the new weights; `None` draws one from torch's global random state
 )->Peers: # In the mode (train or eval) and on the device of `model`
     "Make k peers that differ, from one model, a list of models or a factory"
     models = list(model) if isinstance(model, (list,tuple,nn.ModuleList)) else None

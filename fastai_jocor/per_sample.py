@@ -64,7 +64,7 @@ def per_sample_loss(
     loss_func, # The learner's loss
     logits:Tensor, # Logits of one model to try it on, shape (N, C)
     targ:Tensor # Labels, shape (N,), or (N, C) of 0 and 1 for several labels an item
-)->callable: # `f(logits (N, C), targ)`: a loss per sample, or per label; `None` for plain cross-entropy
+)->Callable|None: # `f(logits (N, C), targ)`: a loss per sample, or label; `None` for cross-entropy
     "Find how a loss gives one value per sample; a `ValueError` with the loss's own reason if it fails or cannot"
     if is_plain_ce(loss_func): return None
     if is_multi_label(loss_func, targ): return partial(_unreduced, loss_func)
@@ -86,14 +86,14 @@ def per_sample_loss(
 # %% ../nbs/03f_per_sample.ipynb #24fa659b
 def cross_entropy_of(
     loss_func # The learner's loss
-)->nn.CrossEntropyLoss: # `None` for any other loss
+)->nn.CrossEntropyLoss|None: # `None` for any other loss
     "torch's cross-entropy inside a loss of fastai's or torch's"
     f = getattr(loss_func, 'func', loss_func)
     return f if type(f) is nn.CrossEntropyLoss else None
 
 def class_weights(
     loss_func # The learner's loss
-)->Tensor: # Shape (C,), or `None`
+)->Tensor|None: # Shape (C,), or `None`
     "The weight of each class in a cross-entropy"
     f = cross_entropy_of(loss_func)
     return None if f is None else f.weight
@@ -109,7 +109,7 @@ def without_weights(
 
 def ignored_label(
     loss_func # The learner's loss
-)->int: # `None` where no label is ignored
+)->int|None: # `None` where no label is ignored
     "The label that says that an item has none"
     if loss_func is F.cross_entropy: return -100
     f = cross_entropy_of(loss_func)

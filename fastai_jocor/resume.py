@@ -64,10 +64,10 @@ class Checkpoint(Callback):
     "Write what a fit needs to go on after it was interrupted, and go on from there when the fit is started again"
     order = -100
     def __init__(self,
-        file=None, # Where to write; `None` for `checkpoint.pth` in the learner's folder of models
+        file:str|Path|None=None, # `None` for `checkpoint.pth` in the learner's folder of models
         every:int=1, # Epochs from one checkpoint to the next, at least 1
-        seconds:float=None, # Write one after this time too, at the end of an epoch
-        config=None # Plain values that must be the same for a run to go on
+        seconds:float|None=None, # Write one after this time too, at the end of an epoch
+        config:dict|None=None # Plain values that must be the same for a run to go on
     ):
         check_number('every', every, lambda v: v >= 1, 'be at least 1: the epochs from one checkpoint to the next')
         self.file,self.every,self.seconds,self.config = file,every,seconds,plain_values(config)

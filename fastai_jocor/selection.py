@@ -25,7 +25,7 @@ def check_forget_rate(
 
 def default_num_gradual(
     n_epoch:int, # Number of epochs of the run
-    n_batch:int=None # Training batches in an epoch; `None` for as many as the papers have, or more
+    n_batch:int|None=None # Training batches in an epoch; `None` for as many as the papers have, or more
 )->int: # Epochs over which the forget rate rises
     "The papers' 10 epochs, or their 3,900 batches if the data are smaller, but at most half of the run"
     return min(10 if n_batch is None else max(10, -(-3900//n_batch)), n_epoch//2)
@@ -34,7 +34,7 @@ def default_num_gradual(
 def forget_schedule(
     tau:float, # Final forget rate τ, in [0, 1): the expected share of wrong labels
     n_epoch:int, # Number of epochs of the run, at least 1
-    num_gradual:int=None, # Epochs T_k over which R rises, at least 0; `None` for 10, but at most half of the run
+    num_gradual:int|None=None, # Epochs T_k over which R rises; `None` for 10, but at most half of the run
     exponent:float=1. # Exponent c > 0: the rise ends at τ**c
 )->np.ndarray: # R(T) for each epoch, shape (n_epoch,), float64
     "Give the forget rate of every epoch: `linspace(0, τ**c, T_k)`, then τ (JoCoR, algorithm 1)"
@@ -58,7 +58,7 @@ def keep_count(
 def select_small(
     loss:Tensor, # Loss per item, shape (N,), on any device
     R:float=0., # Share to drop, in [0, 1)
-    n:int=None # Items to keep; `None` for `keep_count(N, R)`
+    n:int|None=None # Items to keep; `None` for `keep_count(N, R)`
 )->Tensor: # Indices of the kept items in order of rising loss, shape (n,)
     "Find the items with the smallest loss, never one with a NaN or an infinite loss, without a host synchronisation"
     check_forget_rate(R, 'R')
@@ -73,8 +73,8 @@ def select_small(
 def small_loss_mask(
     losses:Tensor, # Losses of the items by each of several rankings, shape (k, N), on any device
     R:float, # Share of the candidates to drop, in [0, 1)
-    among:Tensor=None, # Which items are candidates, shape (k, N), bool; `None` for all
-    n:Tensor=None # How many to keep in each ranking, shape (k,); `None` for `int((1 - R) * d)` of d candidates
+    among:Tensor|None=None, # Which items are candidates, shape (k, N), bool; `None` for all
+    n:Tensor|None=None # To keep in each ranking, shape (k,); `None` for `int((1 - R) * d)` of d
 )->Tensor: # 1 for the n smallest candidates, at least one, and 0 for others, shape (k, N)
     "Find the items with the smallest finite loss in each ranking, without a host synchronisation"
     check_forget_rate(R, 'R')
@@ -92,7 +92,7 @@ def small_loss_mask(
 def select_small_global(
     loss:Tensor, # Loss per item of this process, shape (N,), N the same in every process
     R:float=0., # Share of the union to drop, in [0, 1)
-    n:int=None # Items to keep in the union; `None` for `keep_count` of it
+    n:int|None=None # Items to keep in the union; `None` for `keep_count` of it
 )->tuple: # How often each own item is kept, shape (N,), float; how many are kept in all processes together
     "Find the items with the smallest losses over all processes of `torch.distributed`"
     from torch import distributed as dist

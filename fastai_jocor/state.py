@@ -21,7 +21,7 @@ from torch.utils.data import Subset
 # %% ../nbs/06b_state.ipynb #e039ca56
 def class_names_of(
     dls:DataLoaders # With or without a vocabulary
-)->list: # `None` if there are none
+)->list|None: # `None` if there are none
     "Names of the classes"
     try: vocab = dls.vocab
     except AttributeError: return None
@@ -49,9 +49,9 @@ def item_names(
 class ItemSource:
     "What names the training items and their classes after the fit; the data set is left behind when this is pickled"
     def __init__(self,
-        ds=None, # The training set
-        vocab=None, # Class names
-        n_classes:int=None, # Number of classes
+        ds:Sequence|None=None, # The training set
+        vocab:Sequence|None=None, # Class names
+        n_classes:int|None=None, # Number of classes
         multi_label:bool=False # Whether an item may have several labels
     ):
         self.ds,self.vocab,self.n_classes,self.multi_label = ds,vocab,n_classes,multi_label

@@ -9,7 +9,9 @@ __all__ = ['check_tau', 'refuse_unknown', 'PeersCallback']
 
 # %% ../nbs/07d_trainer.ipynb #cd4b3425
 import inspect, torch, warnings
+from typing import Literal
 from fastai.basics import *
+from collections.abc import Callable
 from fastai.callback.training import GradientAccumulation
 from .losses import check_choice, check_number, did_you_mean
 from .selection import (check_forget_rate, forget_schedule, keep_count, select_small, select_small_global,
@@ -55,15 +57,15 @@ class PeersCallback(FitState, Callback):
     several_labels = True # Whether the method can train on items with several labels
     def __init__(self,
         k:int=2, # Number of peers, at least 1
-        forget_rate=None, # τ, share to drop in the end, in [0, 1), or `auto`; `None`: `dls.noise`'s, or `auto`
-        num_gradual:int=None, # Epochs over which R rises to τ; `None`: see `default_num_gradual`
+        forget_rate:float|str|None=None, # τ, to drop in the end, in [0, 1); `None`: `dls.noise`'s, or `auto`
+        num_gradual:int|None=None, # Epochs over which R rises to τ; `None`: see `default_num_gradual`
         exponent:float=1., # Exponent c > 0: the rise ends at τ**c
-        models=None, # A list of k models, or a factory of one; `None`: from the learner's model
-        init:str=None, # Layers that draw new weights: `all`, `head`; `None`: `head` if pretrained or frozen
-        seed:int=None, # Seed of the peers' weights; `None` draws one from torch's random state
+        models:list|Callable|None=None, # k models, or a factory of one; `None`: from the learner's model
+        init:Literal['all','head']|None=None, # Of new weights; `None`: `head` if pretrained or frozen
+        seed:int|None=None, # Seed of the peers' weights; `None` draws one from torch's random state
         restart:bool=False, # Start the forget schedule over in every fit, instead of going on
-        select:str='global', # Several processes select in the union of their batches, or `local`, in each
-        rounding:str='carried', # What is left of `R*n` goes to the next batch, or `official`: rounded in each
+        select:Literal['global','local']='global', # In all processes' batches together, or in each
+        rounding:Literal['carried','official']='carried', # Of `R*n`: to the next batch, or cut off
         first_epoch:int=0, # Epoch of the schedule with which training begins; the official code's is 1
         **unknown # Anything else is refused
     ):
@@ -176,7 +178,7 @@ def batch_loss(self:PeersCallback,
 def keep_small(self:PeersCallback,
     losses:Tensor, # Loss per sample, shape (N,)
     R:float, # Share of the batch to drop
-    by:Tensor=None # What is compared instead of the losses, shape (N,)
+    by:Tensor|None=None # What is compared instead of the losses, shape (N,)
 )->tuple: # What `batch_loss` gives
     "Average the losses of the items that are small; class weights count in the mean"
     s = self.selection
@@ -206,7 +208,7 @@ def keep_count(self:PeersCallback,
 def small_mask(self:PeersCallback,
     by:Tensor, # What is compared, in several rankings, shape (r, N)
     R:float, # Share of the candidates to drop
-    among:Tensor=None, # Candidates of each ranking, shape (r, N), bool; `None` for all
+    among:Tensor|None=None, # Candidates of each ranking, shape (r, N), bool; `None` for all
     carried:bool=False # What is left of `R*n` goes to the next batch; needs `among`
 )->tuple: # 1 for the items that are kept, shape (r, N); how many are kept in all processes, shape (r,)
     "Select the small ones of some items"

@@ -21,7 +21,7 @@ def _names(classes): return None if isinstance(classes, (int,np.integer)) else [
 
 def check_transition(
     T, # Matrix, shape (C, C)
-    c:int=None # Number of classes that it must have; `None` for any
+    c:int|None=None # Number of classes that it must have; `None` for any
 )->np.ndarray: # `T`, float64
     "Return `T` as a float64 array, or raise a `ValueError` if it is not a (C, C) row-stochastic matrix"
     T = np.asarray(T, dtype=np.float64)

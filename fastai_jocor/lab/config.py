@@ -10,6 +10,7 @@ __all__ = ['methods', 'nearest', 'Method', 'RunConfig']
 # %% ../../nbs/lab/02_config.ipynb #1ab10002
 import re, numpy as np
 from dataclasses import dataclass, field, replace
+from typing import Callable
 from fastcore.basics import patch
 from ..losses import closest, default_co_lambda
 from ..noise import Asymmetric
@@ -34,9 +35,9 @@ _peer_fields = ('k','co_lambda','forget_rate','contrast','num_gradual')
 @dataclass
 class Method:
     "How a run is trained"
-    callback:callable = None # Gives the callback from the `fields` of the run and its options
+    callback:Callable|None = None # Gives the callback from the `fields` of the run and its options
     fields:tuple = _peer_fields # Fields of `RunConfig` that the callback takes
-    loss:callable = None # Gives the loss function from the data and the `loss_options`
+    loss:Callable|None = None # Gives the loss function from the data and the `loss_options`
     loss_options:tuple = () # Names of the options that the loss takes
     paper:dict = field(default_factory=dict) # Arguments of the callback where a run goes by the papers
 
@@ -65,16 +66,16 @@ class RunConfig:
     method:str = 'jocor' # Name in `methods`; one network is trained by `standard` (plain training), `forward` and `sce`
     k:int = 2 # Number of peers, at least 1
     contrast:str = 'kl' # `kl`, `kl_circular`, `ce` or `ce_circular`
-    co_lambda:float = None # Weight of the contrast, in [0, 1]; `None`: 0.8 with a schedule, else found in training
-    forget_rate:float = None # τ, in [0, 1); `None`: the known noise rate with a schedule, else found in training
-    rule:str = None # `schedule` or `evidence`; `None`: `schedule` as in the papers, or where its arguments are given
-    num_gradual:int = None # Epochs over which the forget rate rises; `None`: as `JoCorCallback` does
+    co_lambda:float|None = None # Weight of the contrast, in [0, 1]; `None`: 0.8 with a schedule, else found in training
+    forget_rate:float|None = None # τ, in [0, 1); `None`: the known noise rate with a schedule, else found in training
+    rule:str|None = None # `schedule` or `evidence`; `None`: `schedule` as in the papers, or with its arguments
+    num_gradual:int|None = None # Epochs over which the forget rate rises; `None`: as `JoCorCallback` does
     epochs:int = 30 # Number of epochs, at least 1
     bs:int = 128 # Items per batch
     lr:float = 1e-3 # Learning rate; the highest of one-cycle
     schedule:str = 'paper' # `paper`: constant, then linear to 0; or `one_cycle`
     seed:int = 0 # Seed of corruption, weights and batches
-    subset:float = None # Share in (0, 1), or number, of training items to take, stratified; not for digits
+    subset:float|None = None # Share in (0, 1), or number, of training items to take, stratified; not for digits
     augment:str = 'none' # `none` or `crop_flip`; not for digits
     precision:str = 'float32' # `float32`; or `bfloat16` by autocast, on any device
     options:dict = field(default_factory=dict) # Further arguments of the method's callback or loss

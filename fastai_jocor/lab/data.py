@@ -12,7 +12,7 @@ import numpy as np, torch
 from fastai.vision.all import *
 from torch.utils.data import Subset
 from ..transition import check_labels
-from ..noise import NoiseRecord
+from ..noise import LabelNoise, NoiseRecord
 from ..blocks import make_noise
 from .store import *
 from .store import _channels_last, _normalize
@@ -142,19 +142,19 @@ class InMemoryDataLoaders(DataLoaders):
     def from_arrays(cls,
         images, # Pixels in 0..255, uint8, (n, H, W), (n, H, W, channels) or (n, channels, H, W), 1 or 3 channels
         labels, # True labels, shape (n,), class indices, or names
-        vocab=None, # Class names; `None` numbers the classes, or sorts their names
+        vocab:Sequence|None=None, # Class names; `None` numbers the classes, or sorts their names
         valid=0.2, # Share of validation items, stratified and the same for every `seed`; or their positions
-        noise=None, # Noise model that corrupts the training labels, or its name, such as `symmetric:0.2`
+        noise:LabelNoise|str|None=None, # Noise model for the training labels, or its name, such as `symmetric:0.2`
         seed:int=0, # Seed of the corruption
         bs:int=64, # Items per training batch; others are four times as large
-        train=None, # Positions of the training items; `None` for all that are not in `valid` or `test`
-        test=None, # Positions of test items, which become a third loader, `dls[2]`
-        keys=None, # What identifies each of the n items; `None` for its position
-        batch_tfms=None, # fastai transforms of a batch
-        normalize=None, # Mean and standard deviation of the channels, of pixels in [0, 1], to normalise batches by
+        train:Sequence|None=None, # Positions of the training items; `None` for all that are not in `valid` or `test`
+        test:Sequence|None=None, # Positions of test items, which become a third loader, `dls[2]`
+        keys:Sequence|None=None, # What identifies each of the n items; `None` for its position
+        batch_tfms:list|None=None, # fastai transforms of a batch
+        normalize:Sequence|None=None, # Mean and standard deviation of the channels, of pixels in [0, 1]
         drop_last:bool=True, # Leave out the last training batch if it is smaller, but not the only one
         path='.', # Where the learner writes
-        device=None # Where batches go; `None` for fastai's default
+        device:torch.device|str|None=None # Where batches go; `None` for fastai's default
     ):
         "Make `DataLoaders` from arrays, with the record of the corruption at `dls.noise`"
         noise,device = make_noise(noise),ifnone(device, default_device())
@@ -183,7 +183,7 @@ def _corrupt(noise, y, vocab, seed, train, keys, images):
 @patch(cls_method=True)
 def from_dls(cls:InMemoryDataLoaders,
     dls:DataLoaders, # Of any image `DataBlock` whose item transforms give images of one size
-    n_workers:int=None, # Processes that decode; `None` for one a core
+    n_workers:int|None=None, # Processes that decode; `None` for one a core
     progress:bool=True # Show a progress bar
 )->DataLoaders: # Of the same items, transforms and splits, in memory
     "Decode the images of `dls` once and hold them in memory; everything else stays as it is"

@@ -11,7 +11,7 @@ __all__ = ['cifar100_stats', 'digits_dls', 'augmentation', 'cifar10_dls', 'cifar
 import tempfile, numpy as np, torch
 import torchvision.datasets as tvd
 from fastai.vision.all import *
-from ..noise import cifar10_classes, cifar100_classes
+from ..noise import cifar10_classes, cifar100_classes, LabelNoise
 from ..instance import _rgb
 from ..human import file_number
 from ..blocks import make_noise
@@ -20,7 +20,7 @@ from .data import InMemoryDataLoaders, stratified, _read_items
 
 # %% ../../nbs/lab/01_datasets.ipynb #e3dbfb06
 def digits_dls(
-    noise=None, # Noise model that corrupts the training labels, or its name, such as `symmetric:0.2`
+    noise:LabelNoise|str|None=None, # Noise model for the training labels, or its name, such as `symmetric:0.2`
     seed:int=0, # Seed of the corruption
     bs:int=64, # Items per batch
     valid:float=0.3, # Share of validation items, stratified, the same items for every `seed`
@@ -146,15 +146,15 @@ def _cifar_dls(name, stats, path, noise, seed, bs, download=None, progress=True,
 
 # %% ../../nbs/lab/01_datasets.ipynb #c5e644e8
 def cifar10_dls(
-    path=None, # Folder with `train/<class>/`, `test/<class>/` or `cifar-10-batches-py`; `None` for fastai's data folder
-    noise=None, # Noise model that corrupts the training labels, or its name, such as `symmetric:0.2`
+    path:str|Path|None=None, # Folder with `train/<class>/`, `test/<class>/` or `cifar-10-batches-py`; `None`: fastai's
+    noise:LabelNoise|str|None=None, # Noise model for the training labels, or its name, such as `symmetric:0.2`
     seed:int=0, # Seed of the corruption
     bs:int=128, # Items per batch
     valid='test', # `test`: the test set, as in the papers; or the share of the training items to hold out, in (0, 1)
-    augment=None, # `None` as in the papers, `crop_flip`, or fastai batch transforms
-    subset=None, # Share in (0, 1), or number, of training items to take, stratified; the test set shrinks alike
+    augment:str|list|None=None, # `None` as in the papers, `crop_flip`, or fastai batch transforms
+    subset:float|None=None, # Share in (0, 1), or number, of training items, stratified; the test set shrinks alike
     normalize:bool=False, # Subtract mean and divide by standard deviation; the papers do not
-    download:bool=None, # Let torchvision download it where it is missing; `None`: only if `path` is `None`
+    download:bool|None=None, # Let torchvision download it where it is missing; `None`: only if `path` is `None`
     progress:bool=True, # Show a progress bar while files are read
     **kwargs # To `InMemoryDataLoaders.from_arrays`
 )->DataLoaders: # Training and validation set, and `dls[2]` for `test` where there is one
@@ -166,8 +166,8 @@ cifar100_stats = ([0.507,0.487,0.441], [0.267,0.256,0.276])
 
 @delegates(cifar10_dls)
 def cifar100_dls(
-    path=None, # Folder with `train/`, `test/`, which hold `<class>/` or `<superclass>/<class>/`, or `cifar-100-python`
-    noise=None, # Noise model that corrupts the training labels, or its name, such as `asymmetric:0.4`
+    path:str|Path|None=None, # With `train/`, `test/` of `<class>/` or `<superclass>/<class>/`, or `cifar-100-python`
+    noise:LabelNoise|str|None=None, # Noise model for the training labels, or its name, such as `asymmetric:0.4`
     seed:int=0, # Seed of the corruption
     bs:int=128, # Items per batch
     **kwargs
@@ -178,11 +178,11 @@ def cifar100_dls(
 # %% ../../nbs/lab/01_datasets.ipynb #5eb4da25
 @delegates(cifar10_dls, but='progress')
 def mnist_dls(
-    path=None, # Folder that holds `MNIST/raw/`, torchvision's layout; `None` for fastai's data folder
-    noise=None, # Noise model that corrupts the training labels, or its name, such as `symmetric:0.2`
+    path:str|Path|None=None, # Folder that holds `MNIST/raw/`, torchvision's layout; `None` for fastai's data folder
+    noise:LabelNoise|str|None=None, # Noise model for the training labels, or its name, such as `symmetric:0.2`
     seed:int=0, # Seed of the corruption
     bs:int=128, # Items per batch
-    download:bool=None, # Let torchvision download it where it is missing; `None`: only if `path` is `None`
+    download:bool|None=None, # Let torchvision download it where it is missing; `None`: only if `path` is `None`
     **kwargs
 )->DataLoaders: # Training and validation set, and `dls[2]` for `test` where there is one
     "MNIST: 60,000 training and 10,000 test images of 28×28 pixels"

@@ -11,6 +11,7 @@ __all__ = ['one_thread', 'holder', 'GridProgress', 'check_grid', 'run_grid']
 import gc, sys, threading, time, pandas as pd, torch
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Literal
 from fastprogress.fastprogress import format_time
 from filelock import SoftFileLock, Timeout
 from joblib import Parallel, delayed, parallel_config
@@ -48,7 +49,7 @@ def _run_cell(cfg, method, out, path, own_contrasts=()):
 
 def holder(
     d:Path # Folder of a run
-)->str: # Process and host, or `None`
+)->str|None: # Process and host, or `None`
     "Who is at a run"
     try: pid,host = (d/'lock').read_text().split('\n')[:2]
     except (OSError, ValueError): return None
@@ -67,7 +68,7 @@ class GridProgress:
     "Say how far a grid is: one line that is rewritten on a terminal, a line per finished run elsewhere"
     def __init__(self,
         cells:dict, # Of `check_grid`
-        file=None # Where to write; `None` for stdout
+        file:object|None=None # Where to write; `None` for stdout
     ):
         self.cells,self.file = cells,file or sys.stdout
         self.work = {d: c.epochs*c.nets*_work[c.dataset] for d,c in cells.items()}
@@ -174,11 +175,11 @@ def _waiting(held):
 def run_grid(
     cfgs:list, # Configurations
     out, # Folder of the grid
-    path=None, # Folder of the data sets; `None` for their default
+    path:str|Path|None=None, # Folder of the data sets; `None` for their default
     n_jobs:int=-1, # Runs side by side; -1 for one a core
     redo:bool=False, # Repeat finished runs too, unless they are packed
-    backend:str='loky', # `loky` for this machine; `ray` or `dask` for a cluster that shares `out` and `path`
-    address:str=None # Of the cluster; `None`: as ray or dask find it, or one on this machine
+    backend:Literal['loky','ray','dask']='loky', # This machine, or a cluster that shares `out` and `path`
+    address:str|None=None # Of the cluster; `None`: as ray or dask find it, or one on this machine
 )->pd.DataFrame: # A row per run, in the order of `cfgs`
     "Do the runs of a grid that are not done yet, each on one thread; runs that another process is at are waited for"
     if backend not in _backends: raise ValueError(nearest(f'backend={backend!r}', backend, _backends))

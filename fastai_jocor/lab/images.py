@@ -42,7 +42,7 @@ def _from_file(arch, file):
 
 def find_arch(
     name:str, # Of torchvision or timm, such as `resnet34` or `convnext_tiny`
-    weights=None # File of weights; `None` for the published ones
+    weights:str|Path|None=None # File of weights; `None` for the published ones
 )->tuple: # What `vision_learner` takes as `arch`; further arguments of it
     "A network by its name"
     if weights is not None and not Path(weights).is_file():
@@ -75,7 +75,7 @@ def audit_learner(
     df:pd.DataFrame, # `file` and `label`, each file readable; `valid`, bool, where some are for validation
     root, # Folder that the files are relative to
     arch:str='resnet18', # Network, of torchvision or timm
-    weights=None, # File of weights; `None` for the published ones
+    weights:str|Path|None=None, # File of weights; `None` for the published ones
     pretrained:bool=True, # Begin with these weights
     size:int=128, # Side to which images are brought, in pixels
     bs:int=64, # Items per batch; fewer where there are fewer items

@@ -72,10 +72,10 @@ def _differences(rs, reference):
 # %% ../../nbs/lab/04c_report.ipynb #8e900204
 def report_blocks(
     df:pd.DataFrame, # Of `read_results`
-    reference:str=None, # Label of the method to compare with; `None`: of `references`
+    reference:str|None=None, # Label of the method to compare with; `None`: of `references`
     last:int=10, # Epochs that were averaged over
     open_runs:int=0, # Runs without a result
-    facts:dict=None # What else to say at the top, such as the folder, the command and the date
+    facts:dict|None=None # What else to say at the top, such as the folder, the command and the date
 )->list: # Yields pairs of a kind (`h1`, `h2`, `h3`, `p`, `table`, `figure`) and a content
     "The contents of a report"
     yield 'h1','Results'

@@ -57,7 +57,7 @@ def _packed_histories(folder):
 
 def read_result(
     d:Path # Folder of a run, which need not be there if the grid is packed
-)->dict: # The result; `None` if there is none
+)->dict|None: # The result; `None` if there is none
     "Read the result of a run"
     try: return json.loads((Path(d)/'result.json').read_text(encoding='utf-8'))
     except (OSError, ValueError): return _packed_results(Path(d).parent).get(Path(d).name)
@@ -65,7 +65,7 @@ def read_result(
 def finished(
     d:Path, # Folder of a run
     cfg:RunConfig # The run
-)->dict: # The result, or `None`
+)->dict|None: # The result, or `None`
     "The result of a run if it was made with this configuration; fields that its method does not take are not compared"
     try:
         res = read_result(d)

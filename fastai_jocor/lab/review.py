@@ -101,23 +101,23 @@ def _by_file(found, good, root):
 # %% ../../nbs/lab/05_review.ipynb #43f05b2a
 def audit(
     source, # Folder with a folder of images for each class, or a CSV with columns for file and label
-    path:str=None, # Folder that the CSV's files are relative to; `None` for the CSV's own
+    path:str|None=None, # Folder that the CSV's files are relative to; `None` for the CSV's own
     file_col:str='file', # Column of the CSV with the files
     label_col:str='label', # Column of the CSV with the labels
-    valid_col:str=None, # Column of the CSV that marks items for validation; `None`: all are trained on
-    true_col:str=None, # Column of the CSV with true labels where they are known, to see how good the list is
+    valid_col:str|None=None, # Column of the CSV that marks items for validation; `None`: all are trained on
+    true_col:str|None=None, # Column of the CSV with true labels where they are known, to see how good the list is
     out:str='audit', # Output folder
     arch:str='resnet18', # Network with a pretrained body, of torchvision or timm
-    weights:str=None, # File of its weights; `None` for the published ones
+    weights:str|None=None, # File of its weights; `None` for the published ones
     no_pretrained:bool=False, # Train a whole network from scratch
     fine_tune:int=0, # Epochs in which the body is trained too; slow
     k:int=3, # Number of peers, at least 2
-    co_lambda:float=None, # Weight of the contrast, in [0, 1]; `None`: found in training
-    forget_rate:float=None, # Share of wrong labels, in [0, 1); `None`: found in training
-    epochs:int=None, # Number of epochs; `None`: 10 to 30
+    co_lambda:float|None=None, # Weight of the contrast, in [0, 1]; `None`: found in training
+    forget_rate:float|None=None, # Share of wrong labels, in [0, 1); `None`: found in training
+    epochs:int|None=None, # Number of epochs; `None`: 10 to 30
     size:int=128, # Side to which images are brought, in pixels
     bs:int=64, # Images per batch
-    n:int=None, # At most so many suspects; `None` for all that are probably wrong
+    n:int|None=None, # At most so many suspects; `None` for all that are probably wrong
     least:float=.5, # Least probability that the label of a suspect is wrong, in [0, 1]
     seed:int=0, # Seed of weights and batches
     command:str='' # The command to show on the page
@@ -197,8 +197,8 @@ def write_cleaned(
     file_col:str='file', # Column of the CSV with the files
     label_col:str='label', # Column of the CSV with the labels
     out='audit', # Output folder
-    path=None, # Folder that the CSV's files are relative to; `None` for the CSV's own
-    copy_to=None # Folder to copy the files into, a folder for each class; `None` copies none
+    path:str|Path|None=None, # Folder that the CSV's files are relative to; `None` for the CSV's own
+    copy_to:str|Path|None=None # Folder to copy the files into, a folder for each class; `None` copies none
 )->pd.DataFrame: # `file`, `label`
     "Write cleaned.csv, the labels after a review; other columns of the CSV stay"
     df,file = read_labels(source, file_col, label_col),Path(out)/'cleaned.csv'

@@ -74,7 +74,7 @@ class PaperSchedule(Callback):
     run_valid = False
     def __init__(self,
         lr:float=1e-3, # Learning rate before the decay
-        decay_start:int=None, # First epoch of the decay; `None`: 80 of 200 epochs, and the same share of another number
+        decay_start:int|None=None, # First epoch of the decay; `None`: 80 of 200 epochs, or the same share of others
         moms=(0.9,0.1) # β1 before and during the decay
     ): self.base_lr,self.decay_start,self.mom_pair = lr,decay_start,moms
 
@@ -103,7 +103,7 @@ def _data(cfg, path):
 
 def run_learner(
     cfg:RunConfig, # The run
-    path=None # Folder of the data set; `None` for its default
+    path:str|Path|None=None # Folder of the data set; `None` for its default
 )->Learner: # With the data, the noise and the loss of the run, not trained yet
     "Make the data, the network and the learner of a run; convolutions are channels-last on a CPU and in bfloat16"
     set_seed(cfg.seed)
@@ -181,7 +181,7 @@ class RunProgress(Callback):
     "Seconds that a run has taken over all its processes, and its finished epochs in a file"
     order = 63
     def __init__(self,
-        file=None # Where to write how many epochs are finished; `None` for nowhere
+        file:object|None=None # Where to write how many epochs are finished; `None` for nowhere
     ): self.file,self.before = file,0.
     def before_fit(self): self.begin = time.perf_counter()
 
@@ -219,12 +219,12 @@ def _save(out, cfg, learn, history, result, extras):
 # %% ../../nbs/lab/02b_run.ipynb #58c4f0e2
 def run(
     cfg:RunConfig, # The run
-    out=None, # Folder for configuration, history, picture, weights and result; `None` writes nothing
-    path=None, # Folder of the data set; `None` for its default
+    out:str|Path|None=None, # Folder for configuration, history, picture, weights and result; `None` writes nothing
+    path:str|Path|None=None, # Folder of the data set; `None` for its default
     verbose:bool=True, # Print the epoch table
     extras:bool=True, # Write learning_curve.png and model.pth too
     resume:bool=False, # Write checkpoints, and go on from the one that a killed run left in `out`
-    cbs=None # Further callbacks
+    cbs:list|None=None # Further callbacks
 )->tuple: # The learner, the history (a `DataFrame`) and the result (a `dict`)
     "Train one network or k peers as `cfg` says"
     out = None if out is None else Path(out)

@@ -11,6 +11,7 @@ __all__ = ['types', 'load_yaml', 'cast', 'load_plugins', 'grid_configs', 'read_g
 import importlib, itertools, re, sys, yaml, numpy as np
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 from .config import RunConfig, methods, nearest
 
 # %% ../../nbs/lab/02a_spec.ipynb #5c100009
@@ -34,7 +35,8 @@ def load_yaml(
     except yaml.YAMLError as e: raise ValueError(f"{what} is no YAML: {e}") from e
     except ValueError as e: raise ValueError(f"{what}, {e}") from e
 
-types = {f.name: (f.type, f.default) for f in fields(RunConfig)}
+_plain = lambda t: (get_args(t) or (t,))[0] # `float` of `float|None`
+types = {f.name: (_plain(f.type), f.default) for f in fields(RunConfig)}
 _kinds = {int: 'a whole number', float: 'a number', str: 'text', dict: 'a mapping'}
 
 def _number(v, whole):
@@ -127,7 +129,7 @@ def grid_configs(
 
 def read_grid(
     file, # YAML file; `None` for one run of the defaults
-    plugins:str=None, # Modules to import beside those of the file, with commas between
+    plugins:str|None=None, # Modules to import beside those of the file, with commas between
     **over # Fields that replace those of the file, as YAML text: one value, or several with commas between
 )->list: # Configurations
     "Read a grid, and refuse what cannot be run, naming the nearest that can"

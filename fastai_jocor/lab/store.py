@@ -34,7 +34,7 @@ class ImageStore:
     def __init__(self,
         images, # Pixels in 0..255, uint8, (n, H, W), (n, H, W, channels) or (n, channels, H, W), 1 or 3 channels
         targets, # Targets, shape (n, ...)
-        types=None # Types of a batch of images and of targets; `None` for images and categories
+        types:Sequence|None=None # Types of a batch of images and of targets; `None` for images and categories
     ):
         self.images = _channels_last(images).contiguous()
         self.targets = torch.as_tensor(targets)
@@ -71,7 +71,7 @@ class MemoryDL(TfmdDL):
     def __init__(self,
         dataset, # The items, for all that is not a batch: decoding, showing, test sets
         store:ImageStore, # Their images and targets
-        pos=None, # Place of each item in the store; `None`: the same place
+        pos:Sequence|None=None, # Place of each item in the store; `None`: the same place
         bs:int=64, # Items per batch
         shuffle:bool=False, # Draw a new order in each epoch
         num_workers:int=0, # Ignored: no worker is needed
@@ -109,8 +109,8 @@ class MemoryDL(TfmdDL):
     def relabelled(self,
         labels, # A label for each item of this loader, class indices, shape (n,)
         left, # Positions of the items to keep
-        noise=None, # Record of the corrupted labels of the items to keep, a `NoiseRecord`
-        dataset=None # Data set of the items to keep; not used where this loader's own is a `MemoryDatasets`
+        noise:object=None, # Record of the corrupted labels of the items to keep, a `NoiseRecord`
+        dataset:object|None=None # Data set of the items to keep; not used where this loader's own is a `MemoryDatasets`
     )->TfmdDL: # A `MemoryDL`
         "Return a loader of the items `left` with these labels; images are shared"
         store = self.store.with_targets(self.pos, labels)
@@ -145,8 +145,8 @@ class MemoryDatasets(Datasets):
         idxs, # Places in the store of the items, shape (n,)
         vocab, # Class names
         split_idx:int=0, # 0 for a training set, 1 for others
-        noise=None, # Record of corrupted labels; `None` for none
-        types=None # Types of image and target, for showing; `None` infers them
+        noise:object=None, # Record of corrupted labels; `None` for none
+        types:Sequence|None=None # Types of image and target, for showing; `None` infers them
     ):
         self.store,self.classes,self.record = store,vocab,noise
         label = [_StoredLabel(store, vocab, noise), Categorize(vocab=vocab, sort=False)]

@@ -119,11 +119,11 @@ def review_page(
     suspects:pd.DataFrame, # Of `cb.suspects()`; `item` or `file` are image files; p_wrong, part, note optional
     file, # The page to write
     root='', # Folder that relative paths start from
-    bad:list=(), # Files that could not be read
+    bad:list|tuple=(), # Files that could not be read
     note:str='', # A sentence to show above the suspects
-    pictures:list=None, # Data URLs of pictures; `None` makes them from the files
-    summary:dict=None, # What the page says of the audit, under the names in `_of_summary`; all are optional
-    labels:pd.DataFrame=None # `file`, `label` and perhaps `p_wrong` of all items, for class sizes and examples
+    pictures:list|None=None, # Data URLs of pictures; `None` makes them from the files
+    summary:dict|None=None, # What the page says of the audit, under the names in `_of_summary`; all are optional
+    labels:pd.DataFrame|None=None # `file`, `label` and perhaps `p_wrong` of all items, for class sizes and examples
 ):
     "Write the page on which suspects are looked at and decided"
     summary,n = summary or {},len(suspects)

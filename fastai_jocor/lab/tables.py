@@ -211,7 +211,7 @@ def clear_best(
 
 def each_difference(
     df:pd.DataFrame, # Of `read_results`, one protocol
-    reference:str=None # Label of the method to compare with; `None`: each of `references`
+    reference:str|None=None # Label of the method to compare with; `None`: each of `references`
 )->object: # Yields a reference and its `paired_differences`, if there are any
     "Compare with one method or several, each two methods once"
     done = []
