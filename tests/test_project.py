@@ -45,6 +45,36 @@ def test_drift_of_settings_is_seen(tmp_path, capsys):
     assert sync_settings.main(check=True, root=tmp_path) == 0
     assert '9.9.9' in (tmp_path/'fastai_jocor'/'__init__.py').read_text()
 
+def test_addresses_come_from_the_settings(tmp_path):
+    "One place has them, and they are written wherever a page or a notebook names them"
+    page,cell = tmp_path/'nbs'/'page.ipynb',tmp_path/'kaggle'/'a'/'a.ipynb'
+    for f in ('settings.ini','CITATION.cff'): shutil.copy(ROOT/f, tmp_path)
+    for p in (page,cell,tmp_path/'fastai_jocor'/'__init__.py'): p.parent.mkdir(parents=True)
+    page.write_text('[a](https://github.com/nobody/fastai_jocor/blob/main/x) https://nobody.github.io/fastai_jocor/')
+    cell.write_text("ADDRESS = ''")
+    ini = tmp_path/'settings.ini'
+    text = re.sub(r'(?m)^git_url = .*', 'git_url = https://github.com/some/fastai_jocor', ini.read_text())
+    text = re.sub(r'(?m)^doc_url = .*', 'doc_url = https://some.org/docs/', text)
+    ini.write_text(re.sub(r'(?m)^published = .*', 'published = no', text))
+    sync_settings.main(root=tmp_path)
+    assert 'project.urls' not in (tmp_path/'pyproject.toml').read_text() and cell.read_text() == "ADDRESS = ''"
+    assert 'repository-code' not in (tmp_path/'CITATION.cff').read_text()
+    ini.write_text(re.sub(r'(?m)^published = .*', 'published = yes', text))
+    assert sync_settings.main(check=True, root=tmp_path) == 1
+    sync_settings.main(root=tmp_path)
+    assert page.read_text() == '[a](https://github.com/some/fastai_jocor/blob/main/x) https://some.org/docs/'
+    assert cell.read_text() == "ADDRESS = 'git+https://github.com/some/fastai_jocor'"
+    toml,cff = (tmp_path/'pyproject.toml').read_text(),(tmp_path/'CITATION.cff').read_text()
+    assert 'Repository = "https://github.com/some/fastai_jocor"' in toml and 'url: "https://some.org/docs/"' in cff
+    assert sync_settings.main(check=True, root=tmp_path) == 0
+
+@pytest.mark.parametrize('name', [p.relative_to(ROOT).as_posix() for p in sync_settings.pages()])
+def test_nothing_is_installed_from_where_nothing_is(name):
+    if sync_settings.read_settings().getboolean('published') or name == 'nbs/index.ipynb': return
+    text = (ROOT/name).read_text(encoding='utf-8')
+    assert not re.search(r'(git\+|git clone )https://github\.com/[\w-]+/fastai_jocor', text), name
+    assert not re.search(r'pip install (-U )?fastai_jocor', text), name
+
 @pytest.fixture(scope='module')
 def copy(tmp_path_factory):
     "A copy of the sources, to export and clean in"
