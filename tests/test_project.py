@@ -152,12 +152,35 @@ def test_dev_says_what_to_install_where_venv_is_missing(tmp_path):
     out = subprocess.run([sys.executable, tmp_path/'dev.py', 'demo'], capture_output=True, text=True, env=env)
     assert out.returncode == 1 and 'python3-venv' in out.stderr and not (tmp_path/'.venv').exists()
 
+def dev_of(folder):
+    "The module dev.py of a folder"
+    spec = importlib.util.spec_from_file_location('dev_copy', folder/'dev.py')
+    dev = importlib.util.module_from_spec(spec); spec.loader.exec_module(dev)
+    return dev
+
+def test_dev_prepares_a_commit(tmp_path, monkeypatch, capsys):
+    shutil.copy(ROOT/'dev.py', tmp_path)
+    for command in (['init','-q'], ['add','.']): subprocess.run(['git', *command], cwd=tmp_path, check=True)
+    dev,module,done = dev_of(tmp_path),tmp_path/'module.py',[]
+    def call(*args):
+        done.append(Path(args[-1]).name)
+        if done[-1] == 'nbdev-export': module.write_text('exported')
+    monkeypatch.setattr(dev, 'call', call)
+    with pytest.raises(SystemExit, match='look at what was written'): dev.prepare(['--check'])
+    assert 'written: module.py' in capsys.readouterr().out
+    assert done == ['sync_settings.py','nbdev-export','nbdev-clean','test_style.py']
+    dev.prepare(['--check'])
+    module.write_text('edited by hand')
+    dev.prepare([])
+    assert 'written: module.py' in capsys.readouterr().out and module.read_text() == 'exported'
+    dev.prepare(['--hook'])
+    assert 'dev.py prepare --check' in (tmp_path/'.git'/'hooks'/'pre-commit').read_text()
+
 def test_dev_mends_a_half_made_environment(tmp_path, monkeypatch):
     for f in ('dev.py','pyproject.toml'): shutil.copy(ROOT/f, tmp_path)
     import venv
     venv.create(tmp_path/'.venv', with_pip=False)
-    spec = importlib.util.spec_from_file_location('dev_copy', tmp_path/'dev.py')
-    dev = importlib.util.module_from_spec(spec); spec.loader.exec_module(dev)
+    dev = dev_of(tmp_path)
     calls = []
     monkeypatch.setattr(dev, 'call', lambda *a, **k: calls.append(a))
     assert not dev.has_pip()
