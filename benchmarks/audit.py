@@ -1,7 +1,7 @@
 """How well, and at what cost, wrong labels are found: the ledger of one training run against cleanlab and fastai's
 top losses.
 
-    pip install cleanlab                     # or fastai_jocor[bench]
+    pip install cleanlab
     python benchmarks/audit.py --path FOLDER # all cells that are missing, then the tables and the picture
     python benchmarks/audit.py --seeds 0-2   # MNIST with three seeds; --cifar-seeds for CIFAR-10N
     python benchmarks/audit.py --only-tables # the tables and the picture of what is there

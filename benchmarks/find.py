@@ -1,6 +1,6 @@
 """How well are wrong labels found? `audit_labels` against cleanlab, votes of neighbours, and top losses
 
-    pip install cleanlab                            # or fastai_jocor[bench]
+    pip install cleanlab
     python benchmarks/find.py --path FOLDER         # all rows that are missing, then the tables
     python benchmarks/find.py --path FOLDER --data clothing --ways audit_3,lr --seeds 1
     python benchmarks/find.py --only-tables

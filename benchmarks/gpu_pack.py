@@ -9,8 +9,10 @@ from email.parser import Parser
 from pathlib import Path
 from gpu import HERE
 
-WHEELS = ('fastai>=2.8.12,<2.9','fastcore>=2.2.22','fastprogress<1.1','fasttransform<0.1','fastdownload<0.1',
-          'plum-dispatch<2.10','beartype>=0.22.2')
+sys.path.insert(0, str(HERE.parent/'tools'))
+from sync_settings import read_settings
+
+WHEELS = tuple(read_settings()['wheels'].split())
 UNUSED = 'spacy', # fastai imports it only where words are to be told apart
 BOX,MOST = HERE.parent/'.gpu',64*2**20
 

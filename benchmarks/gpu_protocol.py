@@ -1,6 +1,6 @@
 """Parts `protocol` and `mnist` of gpu.py: whole runs, side by side, which go on where the last call stopped.
 
-The runs are those of cifar_protocol.yaml and mnist_protocol.yaml (there with five seeds, and all methods with each of
+The runs are those of the grids cifar_protocol and mnist_protocol (there with five seeds, and all methods with each of
 them), all of the first seed first. Each is one process, with images, batches and optimizer on the GPU; the perceptrons
 of several runs are not stacked. A run that the time limit stops leaves a checkpoint, from which the next call goes on.
 """
@@ -15,7 +15,6 @@ from fastai_jocor.lab.config import RunConfig
 from fastai_jocor.lab.results import finished, pack, run_dir
 from fastai_jocor.lab.run import run
 from fastai_jocor.lab.spec import read_grid
-from gpu import HERE
 from gpu_step import DeviceLoss
 
 class TimeUp(BaseException): "The time limit has come"
@@ -113,7 +112,7 @@ def protocol(args, note):
         check_data(args.path, 'cifar10')
         decode(args.path)
     begin(args.path, args.device)
-    cfgs = digits_grid('jocor', k=2) if args.tiny else read_grid(HERE/'cifar_protocol.yaml')
+    cfgs = digits_grid('jocor', k=2) if args.tiny else read_grid('cifar_protocol')
     runs(args, note, cfgs, args.out/'protocol')
 
 def mnist(args, note):
@@ -121,5 +120,5 @@ def mnist(args, note):
         unpack(args.path)
         check_data(args.path, 'MNIST')
     begin(args.path, args.device)
-    cfgs = digits_grid('co_teaching') if args.tiny else read_grid(HERE/'mnist_protocol.yaml', seed='0-4')
+    cfgs = digits_grid('co_teaching') if args.tiny else read_grid('mnist_protocol', seed='0-4')
     runs(args, note, cfgs, args.out/'mnist')

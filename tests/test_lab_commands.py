@@ -7,6 +7,7 @@ from fastai_jocor.lab import commands
 from fastai_jocor.lab.commands import jocor_bench, jocor_train
 from fastai_jocor.lab.config import RunConfig
 from fastai_jocor.lab.results import run_dir
+from fastai_jocor.lab.spec import grids
 from lab_helpers import script
 
 def test_train_command(tmp_path):
@@ -100,7 +101,20 @@ def test_bench_refuses_other_arguments(tmp_path):
         with pytest.raises(SystemExit) as e: jocor_bench(**kw, out=str(tmp_path/'out'))
         assert msg in str(e.value) and not (tmp_path/'out').exists()
     if not importlib.util.find_spec('ray'):
-        with pytest.raises(SystemExit, match='fastai_jocor.ray.'): jocor_bench(backend='ray', out=str(tmp_path/'out'))
+        with pytest.raises(SystemExit, match='pip install ray'): jocor_bench(backend='ray', out=str(tmp_path/'out'))
+
+def test_bench_knows_grids_by_name(tmp_path, capsys):
+    jocor_bench(list=True)
+    listed = capsys.readouterr().out
+    assert 'mnist_protocol\n    MNIST as in the papers: 200 epochs' in listed
+    names = [o for o in listed.splitlines() if not o.startswith(' ')]
+    assert names == sorted(grids()) and len(names) >= 10
+    for name in names: assert f'jocor_bench {name} ' in grids()[name].read_text(encoding='utf-8')
+    jocor_bench('digits', out=str(tmp_path/'r'), method='standard', seed='0', noise='none', dry_run=True)
+    assert [o.split()[0] for o in capsys.readouterr().out.splitlines()] == ['open']
+    with pytest.raises(SystemExit, match="there is no file 'digitz', and the grid 'digitz' is unknown: did you mean 'd"):
+        jocor_bench('digitz')
+    with pytest.raises(SystemExit, match="did you mean 'digits'"): jocor_bench('benchmarks/digits.yaml')
 
 def test_bench_command(tmp_path):
     (tmp_path/'g.yaml').write_text('epochs: 2\nseed: [0-1, 5]\nruns:\n  - method: standard\n  - {k: [2, 3]}\n')

@@ -9,13 +9,13 @@ from fastai_jocor.lab.spec import read_grid
 from lab_helpers import RESULTS, ROOT
 
 def test_grids_of_the_project():
-    cfgs = read_grid(ROOT/'benchmarks'/'digits.yaml')
+    cfgs = read_grid('digits')
     assert len(cfgs) == 720 and len(check_grid(cfgs, 'x')) == 720
     assert [c.seed for c in cfgs] == sorted(c.seed for c in cfgs)
     names = ['standard','co_teaching k=2','co_teaching_plus k=2','forward','sce','jocor k=1','jocor k=2','jocor k=3',
              'jocor k=3 kl_circular','jocor k=5 ce_circular']
     assert {c.name for c in cfgs} >= set(names)
-    cfgs = read_grid(ROOT/'benchmarks'/'mnist_protocol.yaml')
+    cfgs = read_grid('mnist_protocol')
     assert [c.seed for c in cfgs] == sorted(c.seed for c in cfgs)
     assert {c.noise for c in cfgs[:24]} == {'symmetric:0.2','symmetric:0.5','symmetric:0.8','asymmetric:0.4'}
     assert {(c.dataset,c.epochs,c.bs,c.lr,c.schedule) for c in cfgs} == {('mnist',200,128,1e-3,'paper')}
@@ -31,15 +31,15 @@ def test_grid_from_a_file(tmp_path):
 
 def test_a_method_is_chosen_among_the_runs_of_a_grid():
     def names(file, **over):
-        return [(c.seed,c.noise,c.name,c.co_lambda) for c in read_grid(ROOT/'benchmarks'/file, **over)]
-    for file in ('mnist_protocol.yaml','digits.yaml'):
+        return [(c.seed,c.noise,c.name,c.co_lambda) for c in read_grid(file, **over)]
+    for file in ('mnist_protocol','digits'):
         every = names(file)
         for m in ('standard','jocor','co_teaching'):
             assert names(file, method=m) == [o for o in every if o[2].split()[0] == m]
     there = "method='sce' is in none of the runs of the grid, which are of standard, jocor, co_teaching, co_t"
-    with pytest.raises(ValueError, match=there): names('mnist_protocol.yaml', method='sce')
+    with pytest.raises(ValueError, match=there): names('mnist_protocol', method='sce')
     with pytest.raises(ValueError, match="mnist_protocol.yaml: method='jocr' is unknown: did you mean 'jocor'"):
-        names('mnist_protocol.yaml', method='jocr')
+        names('mnist_protocol', method='jocr')
     with pytest.raises(ValueError, match="^seed='3-1'"): read_grid(None, seed='3-1')
 
 class Timid(JoCorCallback):
@@ -102,7 +102,7 @@ GRIDS = dict(digits='digits_grid', digits_lambda='digits_lambda',
 def test_kept_results_belong_to_the_grids(grid):
     folder = RESULTS/GRIDS[grid]
     if not folder.exists(): pytest.skip('no results are kept')
-    cfgs = read_grid(ROOT/'benchmarks'/f'{grid}.yaml')
+    cfgs = read_grid(grid)
     assert sum(finished(run_dir(folder, c), c) is not None for c in cfgs) > .5*len(cfgs)
 
 def test_names_do_not_grow_without_bound(monkeypatch):

@@ -220,7 +220,7 @@ def test_committed_results_still_count(monkeypatch, tmp_path):
 
 def test_committed_digits_come_out_again(tmp_path):
     out,wanted = RESULTS/'digits_grid',('standard','jocor k=2','jocor k=2 balance=0.5')
-    every = read_grid(ROOT/'benchmarks'/'digits.yaml', seed='0', noise='symmetric:0.5')
+    every = read_grid('digits', seed='0', noise='symmetric:0.5')
     cfgs = [c for c in every if c.name in wanted]
     assert len(cfgs) == 3
     df,kept = run_grid(cfgs, tmp_path, n_jobs=1),read_runs(out)

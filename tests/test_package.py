@@ -13,13 +13,16 @@ SETTINGS = sync_settings.read_settings()
 FILES_OF_GIT = ['git','ls-files','-co','--exclude-standard']
 DIST_INFO = {'METADATA','WHEEL','RECORD','top_level.txt','entry_points.txt','licenses/LICENSE'}
 
+def git_files():
+    "Files that git holds or would take"
+    found = subprocess.run(FILES_OF_GIT, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [f for f in found if (ROOT/f).is_file()]
+
 @pytest.fixture(scope='module')
 def dist(tmp_path_factory):
     "Both distributions, built from what git holds"
     src,out = tmp_path_factory.mktemp('src'),tmp_path_factory.mktemp('dist')
-    files = subprocess.run(FILES_OF_GIT, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    for f in files:
-        if not (ROOT/f).is_file(): continue
+    for f in git_files():
         (src/f).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT/f, src/f)
     build = [sys.executable, '-m', 'build', '--no-isolation', '--outdir', out, src]
@@ -35,7 +38,8 @@ def wheel(dist):
 def modules():
     "What the wheel and the source hold of the package"
     package = ROOT/'fastai_jocor'
-    return {p.relative_to(ROOT).as_posix() for o in ('*.py', 'lab/templates/*') for p in package.rglob(o)}
+    kinds = '*.py','py.typed','lab/templates/*','lab/grids/*.yaml'
+    return {p.relative_to(ROOT).as_posix() for o in kinds for p in package.rglob(o)}
 
 def test_wheel(wheel):
     version = SETTINGS['version']
@@ -55,13 +59,17 @@ def test_metadata(wheel):
     assert meta['Description-Content-Type'] == 'text/markdown'
     required = [r for r in meta.get_all('Requires-Dist') if 'extra ==' not in r]
     assert len(required) == len(s['requirements'].split()) and any(r.startswith('torch>=') for r in required)
+    assert ('Project-URL' in meta) == s.getboolean('published')
+    for o in s['pythons'].split(): assert f'Programming Language :: Python :: {o}' in meta.get_all('Classifier')
     for o in s['console_scripts'].split(): assert o.replace('=', ' = ') in points, o
 
 def test_sdist(dist):
     sdist, = dist.glob('*.tar.gz')
     with tarfile.open(sdist) as t: names = {n.partition('/')[2] for n in t.getnames() if t.getmember(n).isfile()}
     kept = {n for n in names if not n.startswith('fastai_jocor.egg-info/')}
-    assert kept == modules() | {'LICENSE','MANIFEST.in','README.md','pyproject.toml','setup.cfg','PKG-INFO'}
+    of_the_repository = {f for f in git_files() if not f.startswith('.')}
+    assert kept == of_the_repository | {'setup.cfg','PKG-INFO'} and kept >= modules()
+    assert {'CHANGELOG.md','tests/test_package.py','nbs/index.ipynb','benchmarks/everyday.py','dev.py'} <= kept
 
 def test_twine(dist):
     pytest.importorskip('twine')

@@ -45,6 +45,36 @@ def test_drift_of_settings_is_seen(tmp_path, capsys):
     assert sync_settings.main(check=True, root=tmp_path) == 0
     assert '9.9.9' in (tmp_path/'fastai_jocor'/'__init__.py').read_text()
 
+def test_addresses_come_from_the_settings(tmp_path):
+    "One place has them, and they are written wherever a page or a notebook names them"
+    page,cell = tmp_path/'nbs'/'page.ipynb',tmp_path/'kaggle'/'a'/'a.ipynb'
+    for f in ('settings.ini','CITATION.cff'): shutil.copy(ROOT/f, tmp_path)
+    for p in (page,cell,tmp_path/'fastai_jocor'/'__init__.py'): p.parent.mkdir(parents=True)
+    page.write_text('[a](https://github.com/nobody/fastai_jocor/blob/main/x) https://nobody.github.io/fastai_jocor/')
+    cell.write_text("ADDRESS = ''")
+    ini = tmp_path/'settings.ini'
+    text = re.sub(r'(?m)^git_url = .*', 'git_url = https://github.com/some/fastai_jocor', ini.read_text())
+    text = re.sub(r'(?m)^doc_url = .*', 'doc_url = https://some.org/docs/', text)
+    ini.write_text(re.sub(r'(?m)^published = .*', 'published = no', text))
+    sync_settings.main(root=tmp_path)
+    assert 'project.urls' not in (tmp_path/'pyproject.toml').read_text() and cell.read_text() == "ADDRESS = ''"
+    assert 'repository-code' not in (tmp_path/'CITATION.cff').read_text()
+    ini.write_text(re.sub(r'(?m)^published = .*', 'published = yes', text))
+    assert sync_settings.main(check=True, root=tmp_path) == 1
+    sync_settings.main(root=tmp_path)
+    assert page.read_text() == '[a](https://github.com/some/fastai_jocor/blob/main/x) https://some.org/docs/'
+    assert cell.read_text() == "ADDRESS = 'git+https://github.com/some/fastai_jocor'"
+    toml,cff = (tmp_path/'pyproject.toml').read_text(),(tmp_path/'CITATION.cff').read_text()
+    assert 'Repository = "https://github.com/some/fastai_jocor"' in toml and 'url: "https://some.org/docs/"' in cff
+    assert sync_settings.main(check=True, root=tmp_path) == 0
+
+@pytest.mark.parametrize('name', [p.relative_to(ROOT).as_posix() for p in sync_settings.pages()])
+def test_nothing_is_installed_from_where_nothing_is(name):
+    if sync_settings.read_settings().getboolean('published') or name == 'nbs/index.ipynb': return
+    text = (ROOT/name).read_text(encoding='utf-8')
+    assert not re.search(r'(git\+|git clone )https://github\.com/[\w-]+/fastai_jocor', text), name
+    assert not re.search(r'pip install (-U )?fastai_jocor', text), name
+
 @pytest.fixture(scope='module')
 def copy(tmp_path_factory):
     "A copy of the sources, to export and clean in"
@@ -122,12 +152,35 @@ def test_dev_says_what_to_install_where_venv_is_missing(tmp_path):
     out = subprocess.run([sys.executable, tmp_path/'dev.py', 'demo'], capture_output=True, text=True, env=env)
     assert out.returncode == 1 and 'python3-venv' in out.stderr and not (tmp_path/'.venv').exists()
 
+def dev_of(folder):
+    "The module dev.py of a folder"
+    spec = importlib.util.spec_from_file_location('dev_copy', folder/'dev.py')
+    dev = importlib.util.module_from_spec(spec); spec.loader.exec_module(dev)
+    return dev
+
+def test_dev_prepares_a_commit(tmp_path, monkeypatch, capsys):
+    shutil.copy(ROOT/'dev.py', tmp_path)
+    for command in (['init','-q'], ['add','.']): subprocess.run(['git', *command], cwd=tmp_path, check=True)
+    dev,module,done = dev_of(tmp_path),tmp_path/'module.py',[]
+    def call(*args):
+        done.append(Path(args[-1]).name)
+        if done[-1] == 'nbdev-export': module.write_text('exported')
+    monkeypatch.setattr(dev, 'call', call)
+    with pytest.raises(SystemExit, match='look at what was written'): dev.prepare(['--check'])
+    assert 'written: module.py' in capsys.readouterr().out
+    assert done == ['sync_settings.py','nbdev-export','nbdev-clean','test_style.py']
+    dev.prepare(['--check'])
+    module.write_text('edited by hand')
+    dev.prepare([])
+    assert 'written: module.py' in capsys.readouterr().out and module.read_text() == 'exported'
+    dev.prepare(['--hook'])
+    assert 'dev.py prepare --check' in (tmp_path/'.git'/'hooks'/'pre-commit').read_text()
+
 def test_dev_mends_a_half_made_environment(tmp_path, monkeypatch):
     for f in ('dev.py','pyproject.toml'): shutil.copy(ROOT/f, tmp_path)
     import venv
     venv.create(tmp_path/'.venv', with_pip=False)
-    spec = importlib.util.spec_from_file_location('dev_copy', tmp_path/'dev.py')
-    dev = importlib.util.module_from_spec(spec); spec.loader.exec_module(dev)
+    dev = dev_of(tmp_path)
     calls = []
     monkeypatch.setattr(dev, 'call', lambda *a, **k: calls.append(a))
     assert not dev.has_pip()
