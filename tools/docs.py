@@ -1,11 +1,11 @@
 """Run the notebooks and keep their outputs, write README.md from nbs/index.ipynb, and check the documentation.
 
-    python tools/docs.py            # README and checks
+    python tools/docs.py            # README and checks; cells that only test are folded
     python tools/docs.py --run      # run every notebook first, and save what it shows
     python tools/docs.py --check    # only say what is not as it should be
     python tools/docs.py --site     # build the site too, and check its pages; --shots FOLDER keeps pictures of them
 """
-import json, re, sys
+import ast, json, re, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,6 +56,21 @@ def _output(o):
     data = o.get('data', {})
     return ''.join(data.get('text/markdown', '')) or ('```\n' + ''.join(data.get('text/plain', '')) + '\n```')
 
+def only_tests(c):
+    "Whether a cell tests and shows nothing, and is neither hidden nor folded"
+    if c['cell_type'] != 'code' or c.get('outputs') or re.search(r'#\| *(hide|export|code-fold)', source(c)): return False
+    nodes = ast.walk(ast.parse(re.sub(r'(?m)^\s*[%!].*', '', source(c))))
+    called = lambda o: isinstance(o, ast.Call) and getattr(o.func, 'id', '').startswith('test_')
+    return any(isinstance(o, ast.Assert) or called(o) for o in nodes)
+
+def fold_tests(p):
+    "Fold the cells of a notebook that only test: they are run, and a click away for a reader"
+    nb = json.loads(p.read_text(encoding='utf-8'))
+    found = [c for c in nb['cells'] if only_tests(c)]
+    for c in found: c['source'] = ['#| code-fold: true\n', *source(c).splitlines(True)]
+    text = json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n'
+    if found: p.write_text(text, encoding='utf-8', newline='\n')
+
 def problems():
     "What a reader would stumble over"
     for p in notebooks():
@@ -65,6 +80,8 @@ def problems():
             yield f'{name}: the first cell must be a title and a line under it that starts with >'
         code = [c for c in cs if c['cell_type'] == 'code' and not re.search(r'#\| *(hide|default_exp)', source(c))]
         if not any(c.get('outputs') for c in code): yield f'{name}: no saved output at all'
+        for c in filter(only_tests, cs):
+            yield f'{name}: fold the cell that only tests (run python3 dev.py docs): {source(c)[:60]!r}'
         for c in cs:
             for o in c.get('outputs', []):
                 if o['output_type'] == 'error': yield f"{name}: a saved error: {o['ename']}"
@@ -83,6 +100,8 @@ def main(*args):
     import front
     if not front.is_drawn() and '--check' not in args: front.draw()
     if '--run' in args: run_notebooks()
+    if '--check' not in args:
+        for p in notebooks(): fold_tests(p)
     found,text = list(problems()),readme()
     if not front.is_drawn():
         found.append('nbs/images/mnist.png does not show the runs that are there: run python3 dev.py docs')
