@@ -31,6 +31,7 @@ def run_notebooks():
         code = ('import sys; from nbdev.test import test_nb; '
                 f"sys.exit(not test_nb({str(p)!r}, skip_flags=['slow','cuda'], save=True)[0])")
         subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True, cwd=p.parent)
+        edit(p, lambda c: source(c).startswith('show_doc('), lambda c: c.update(outputs=[], execution_count=None))
     from nbdev.clean import nbdev_clean
     nbdev_clean(str(NBS))
 
@@ -63,13 +64,17 @@ def only_tests(c):
     called = lambda o: isinstance(o, ast.Call) and getattr(o.func, 'id', '').startswith('test_')
     return any(isinstance(o, ast.Assert) or called(o) for o in nodes)
 
-def fold_tests(p):
-    "Fold the cells of a notebook that only test: they are run, and a click away for a reader"
+def edit(p, which, change):
+    "Change some cells of a notebook"
     nb = json.loads(p.read_text(encoding='utf-8'))
-    found = [c for c in nb['cells'] if only_tests(c)]
-    for c in found: c['source'] = ['#| code-fold: true\n', *source(c).splitlines(True)]
+    found = [c for c in nb['cells'] if which(c)]
+    for c in found: change(c)
     text = json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n'
     if found: p.write_text(text, encoding='utf-8', newline='\n')
+
+def fold_tests(p):
+    "Fold the cells of a notebook that only test: they are run, and a click away for a reader"
+    edit(p, only_tests, lambda c: c.update(source=['#| code-fold: true\n', *source(c).splitlines(True)]))
 
 def problems():
     "What a reader would stumble over"

@@ -153,7 +153,7 @@ SIZE = '''new Promise(r => setTimeout(r, 150)).then(() => {
   const hides = o => getComputedStyle(o).overflowX != 'visible' && o.scrollWidth > o.clientWidth + 1
   const framed = o => innerWidth < 768 && o.tagName == 'TABLE' && parseFloat(getComputedStyle(o).borderRightWidth) > 0
   const cut = e => { for (let o = e; o != main; o = o.parentElement) if (hides(o) && !framed(o)) return true }
-  const shown = [...main.querySelectorAll('pre,table')].filter(o => o.clientWidth && cut(o))
+  const shown = [...main.querySelectorAll('pre,table')].filter(o => o.checkVisibility() && cut(o))
   return [root.scrollWidth, root.scrollHeight, shown.map(o => o.tagName.toLowerCase() + ': ' + o.innerText.trim())]})'''
 
 class Chrome:
