@@ -104,10 +104,19 @@ def test_cells_that_only_test_are_folded(tmp_path):
     cells[-1]['outputs'] = [dict(output_type='stream', text='shown')]
     (tmp_path/'a.ipynb').write_text(json.dumps(dict(cells=cells)))
     assert [docs.only_tests(c) for c in cells] == [True,True,False,False,False,False]
-    docs.fold_tests(tmp_path/'a.ipynb')
+    docs.tidy(tmp_path/'a.ipynb')
     folded = docs.cells(tmp_path/'a.ipynb')
     assert [docs.source(c).startswith('#| code-fold: true\n') for c in folded] == [True,True,False,False,False,False]
     assert docs.source(folded[0]).endswith(sources[0]) and not any(map(docs.only_tests, folded))
+
+def test_saved_progress_bars_are_removed():
+    bars = ['█\r','\r',' |----------------------------------------| 0.00% [0/3 00:00<?]\r',
+            ' |██████████████████████████--------------| 66.67% [2/3 00:00<00:00]']
+    shown = lambda *text: dict(output_type='stream', text=list(text))
+    c = dict(outputs=[shown(*bars), shown(*bars, '\r', 'a | b\n', '3%\n'), dict(output_type='execute_result')])
+    assert docs.has_bar(c)
+    docs.remove_bar(c)
+    assert c['outputs'] == [shown('a | b\n', '3%\n'), dict(output_type='execute_result')] and not docs.has_bar(c)
 
 # --- configuration
 

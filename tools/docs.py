@@ -1,6 +1,6 @@
 """Run the notebooks and keep their outputs, write README.md from nbs/index.ipynb, and check the documentation.
 
-    python tools/docs.py            # README and checks; cells that only test are folded
+    python tools/docs.py            # README and checks; cells that only test are folded, and saved progress bars removed
     python tools/docs.py --run      # run every notebook first, and save what it shows
     python tools/docs.py --check    # only say what is not as it should be
     python tools/docs.py --site     # build the site too, and check its pages; --shots FOLDER keeps pictures of them
@@ -72,8 +72,18 @@ def edit(p, which, change):
     text = json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n'
     if found: p.write_text(text, encoding='utf-8', newline='\n')
 
-def fold_tests(p):
-    "Fold the cells of a notebook that only test: they are run, and a click away for a reader"
+BAR = re.compile(r'[^\n]*\r|[^\n|]*\|[█-]{20,}\| [\d.]+% \[[^\]]*\]')
+def streams(c): return [o for o in c.get('outputs', []) if o['output_type'] == 'stream']
+def has_bar(c): return any(BAR.search(''.join(o['text'])) for o in streams(c))
+
+def remove_bar(c):
+    "Remove saved progress bars from what a cell shows"
+    for o in streams(c): o['text'] = BAR.sub('', ''.join(o['text'])).splitlines(True)
+    c['outputs'] = [o for o in c['outputs'] if o.get('text') != []]
+
+def tidy(p):
+    "Remove saved progress bars, and fold the cells that only test: they are run, and a click away for a reader"
+    edit(p, has_bar, remove_bar)
     edit(p, only_tests, lambda c: c.update(source=['#| code-fold: true\n', *source(c).splitlines(True)]))
 
 def problems():
@@ -85,6 +95,7 @@ def problems():
             yield f'{name}: the first cell must be a title and a line under it that starts with >'
         code = [c for c in cs if c['cell_type'] == 'code' and not re.search(r'#\| *(hide|default_exp)', source(c))]
         if not any(c.get('outputs') for c in code): yield f'{name}: no saved output at all'
+        if any(map(has_bar, cs)): yield f'{name}: a saved progress bar (run python3 dev.py docs)'
         for c in filter(only_tests, cs):
             yield f'{name}: fold the cell that only tests (run python3 dev.py docs): {source(c)[:60]!r}'
         for c in cs:
@@ -106,7 +117,7 @@ def main(*args):
     if not front.is_drawn() and '--check' not in args: front.draw()
     if '--run' in args: run_notebooks()
     if '--check' not in args:
-        for p in notebooks(): fold_tests(p)
+        for p in notebooks(): tidy(p)
     found,text = list(problems()),readme()
     if not front.is_drawn():
         found.append('nbs/images/mnist.png does not show the runs that are there: run python3 dev.py docs')
