@@ -11,7 +11,7 @@ import docs, sync_settings, website
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
-    if None in map(importlib.util.find_spec, ('smalldocs','latex2mathml')): pytest.skip('needs smalldocs and latex2mathml')
+    for name in ('smalldocs','latex2mathml'): pytest.importorskip(name)
     out = tmp_path_factory.mktemp('built')/'site'
     assert website.build(out) == []
     return out
@@ -92,21 +92,25 @@ def test_browser_finds_what_is_cut_off(tmp_path):
 def test_formulas_need_no_network(site):
     text = (site/'losses.html').read_text(encoding='utf-8')
     assert text.count('<math') > 8 and '<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">' in text
-    for p in site.rglob('*.html'): assert not re.search(r'katex|class="math|https?://cdn', p.read_text(encoding='utf-8')), p
+    for p in site.rglob('*.html'):
+        assert not re.search(r'katex|class="math|https?://cdn', p.read_text(encoding='utf-8')), p
     conf = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
     assert conf['format']['html']['html-math-method'] == 'mathml'
 
 # --- tests in the notebooks
 
 def test_cells_that_only_test_are_folded(tmp_path):
-    sources = 'x = 1\ntest_eq(x, 1)', 'assert True', 'x = 2', '#| hide\nassert True', '%time\nx = 3', 'test_eq(3, 3)'
+    tests = ['x = 1\ntest_eq(x, 1)', 'assert True']
+    others = ['x = 2', '#| hide\nassert True', '%time\nx = 3', 'test_eq(3, 3)']
+    sources = tests+others
     cells = [dict(cell_type='code', source=o.splitlines(True), outputs=[]) for o in sources]
     cells[-1]['outputs'] = [dict(output_type='stream', text='shown')]
     (tmp_path/'a.ipynb').write_text(json.dumps(dict(cells=cells)))
     assert [docs.only_tests(c) for c in cells] == [True,True,False,False,False,False]
     docs.tidy(tmp_path/'a.ipynb')
     folded = docs.cells(tmp_path/'a.ipynb')
-    assert [docs.source(c).startswith('#| code-fold: true\n') for c in folded] == [True,True,False,False,False,False]
+    is_folded = [docs.source(c).startswith('#| code-fold: true\n') for c in folded]
+    assert is_folded == [True,True,False,False,False,False]
     assert docs.source(folded[0]).endswith(sources[0]) and not any(map(docs.only_tests, folded))
 
 def test_saved_progress_bars_are_removed():

@@ -1,6 +1,6 @@
 """Run the notebooks and keep their outputs, write README.md from nbs/index.ipynb, and check the documentation.
 
-    python tools/docs.py            # README and checks; cells that only test are folded, and saved progress bars removed
+    python tools/docs.py            # README and checks; fold cells that only test, and remove saved progress bars
     python tools/docs.py --run      # run every notebook first, and save what it shows
     python tools/docs.py --check    # only say what is not as it should be
     python tools/docs.py --site     # build the site too, and check its pages; --shots FOLDER keeps pictures of them
@@ -59,7 +59,8 @@ def _output(o):
 
 def only_tests(c):
     "Whether a cell tests and shows nothing, and is neither hidden nor folded"
-    if c['cell_type'] != 'code' or c.get('outputs') or re.search(r'#\| *(hide|export|code-fold)', source(c)): return False
+    if c['cell_type'] != 'code' or c.get('outputs'): return False
+    if re.search(r'#\| *(hide|export|code-fold)', source(c)): return False
     nodes = ast.walk(ast.parse(re.sub(r'(?m)^\s*[%!].*', '', source(c))))
     called = lambda o: isinstance(o, ast.Call) and getattr(o.func, 'id', '').startswith('test_')
     return any(isinstance(o, ast.Assert) or called(o) for o in nodes)
