@@ -4,7 +4,7 @@
     python benchmarks/everyday.py --path FOLDER --seeds 0-2 --part all
     python benchmarks/everyday.py --path FOLDER --data digits,clothing --only plain,default
     python benchmarks/everyday.py --part ablation                       # without each part of the default
-    python benchmarks/everyday.py --summary_only
+    python benchmarks/everyday.py --summary-only
 
 FOLDER, or the environment variable FASTAI_JOCOR_DATA, holds the data. Data that are not there are left out, and named:
 
