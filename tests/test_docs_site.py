@@ -50,9 +50,10 @@ def test_sidebar_is_the_order_of_the_house(site):
 
 def test_browser(site, tmp_path):
     if website.chromium() is None: pytest.skip('needs Chromium')
-    assert list(website.look(site, tmp_path, only=['index.html','noise.html'])) == []
+    names = 'index','audit','compatibility','reference/jocor_callback','tutorials/choosing'
+    assert list(website.look(site, tmp_path, only=[f'{n}.html' for n in names])) == []
     sizes = '390','1280','1280-dark'
-    assert {p.name for p in tmp_path.iterdir()} == {f'{n}-{w}.png' for n in ('index','noise') for w in sizes}
+    assert {p.name for p in tmp_path.iterdir()} == {f"{n.replace('/', '_')}-{w}.png" for n in names for w in sizes}
 
 PAGE = '<html><head><title>{title}</title></head><body><h1>One</h1><div class="cell-output">1</div>{body}</body></html>'
 BODIES = [('<a href="nowhere.html">a</a>', 'nowhere.html leads nowhere'), ('<a href="#x">a</a>', '#x leads nowhere'),
