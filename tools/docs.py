@@ -94,6 +94,7 @@ def problems():
         first = source(cs[0])
         if not re.match(r'# .+\n+> .+', first):
             yield f'{name}: the first cell must be a title and a line under it that starts with >'
+        if re.match(r'# [a-z][a-z ]*\n', first): yield f'{name}: the title must begin with a capital, or be a name'
         code = [c for c in cs if c['cell_type'] == 'code' and not re.search(r'#\| *(hide|default_exp)', source(c))]
         if not any(c.get('outputs') for c in code): yield f'{name}: no saved output at all'
         if any(map(has_bar, cs)): yield f'{name}: a saved progress bar (run python3 dev.py docs)'
