@@ -11,7 +11,7 @@ import docs, sync_settings, website
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
-    if importlib.util.find_spec('smalldocs') is None: pytest.skip('needs smalldocs')
+    for name in ('smalldocs','latex2mathml'): pytest.importorskip(name)
     out = tmp_path_factory.mktemp('built')/'site'
     assert website.build(out) == []
     return out
@@ -50,15 +50,17 @@ def test_sidebar_is_the_order_of_the_house(site):
 
 def test_browser(site, tmp_path):
     if website.chromium() is None: pytest.skip('needs Chromium')
-    assert list(website.look(site, tmp_path, only=['index.html','noise.html'])) == []
+    names = 'index','audit','compatibility','reference/jocor_callback','tutorials/choosing'
+    assert list(website.look(site, tmp_path, only=[f'{n}.html' for n in names])) == []
     sizes = '390','1280','1280-dark'
-    assert {p.name for p in tmp_path.iterdir()} == {f'{n}-{w}.png' for n in ('index','noise') for w in sizes}
+    assert {p.name for p in tmp_path.iterdir()} == {f"{n.replace('/', '_')}-{w}.png" for n in names for w in sizes}
 
 PAGE = '<html><head><title>{title}</title></head><body><h1>One</h1><div class="cell-output">1</div>{body}</body></html>'
 BODIES = [('<a href="nowhere.html">a</a>', 'nowhere.html leads nowhere'), ('<a href="#x">a</a>', '#x leads nowhere'),
     ('<a href="https://e.org/s/b.html#x">a</a>', 'b.html#x leads nowhere'), ('<h1>Two</h1>', 'one title'),
     ('<img src="p.png" alt="">', 'no alternative text'), ('<a href="#y">a</a><p id="y">', None),
-    ('<a href="https://e.org/t">a</a>', None)]
+    ('<a href="https://e.org/t">a</a>', None),
+    ('<p>[<a href="a.html"><code>Peers</code></a>](a.html)</p>', 'write `Peers` without a link')]
 
 @pytest.mark.parametrize('body,says', BODIES)
 def test_what_is_wrong_on_a_page_is_found(body, says, tmp_path):
@@ -74,6 +76,52 @@ def test_browser_finds_errors_and_wide_pages(tmp_path):
     found = set(website.look(tmp_path))
     for said in ('nothing is not defined', 'hm', r'^a.html: is 7\d\d pixels wide on a screen of 390'):
         assert any(re.search(said, o) for o in found), said
+
+WIDE = """<main><pre style="overflow-x:auto">{0}</pre><table style="display:block;overflow-x:auto"><td>{0}</table>
+<table style="display:block;overflow-x:auto;border:1px solid"><td>framed{1}</table><pre>short</pre>
+<details><pre style="overflow-x:auto">{0} folded</pre></details></main>"""
+
+def test_browser_finds_what_is_cut_off(tmp_path):
+    if website.chromium() is None: pytest.skip('needs Chromium')
+    body = WIDE.format('long'*60, 'long'*20)
+    (tmp_path/'a.html').write_text(PAGE.format(title='t', body=body))
+    found = '\n'.join(website.look(tmp_path))
+    cut = re.findall(r'(?m)^a.html: is cut off on a screen of (\d+): (\w+): long', found)
+    assert cut == [(w, tag) for w in ('390','1280','1280') for tag in ('pre','table')]
+    assert found.count('cut off') == len(cut)
+
+def test_formulas_need_no_network(site):
+    text = (site/'losses.html').read_text(encoding='utf-8')
+    assert text.count('<math') > 8 and '<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">' in text
+    for p in site.rglob('*.html'):
+        assert not re.search(r'katex|class="math|https?://cdn', p.read_text(encoding='utf-8')), p
+    conf = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
+    assert conf['format']['html']['html-math-method'] == 'mathml'
+
+# --- tests in the notebooks
+
+def test_cells_that_only_test_are_folded(tmp_path):
+    tests = ['x = 1\ntest_eq(x, 1)', 'assert True']
+    others = ['x = 2', '#| hide\nassert True', '%time\nx = 3', 'test_eq(3, 3)']
+    sources = tests+others
+    cells = [dict(cell_type='code', source=o.splitlines(True), outputs=[]) for o in sources]
+    cells[-1]['outputs'] = [dict(output_type='stream', text='shown')]
+    (tmp_path/'a.ipynb').write_text(json.dumps(dict(cells=cells)))
+    assert [docs.only_tests(c) for c in cells] == [True,True,False,False,False,False]
+    docs.tidy(tmp_path/'a.ipynb')
+    folded = docs.cells(tmp_path/'a.ipynb')
+    is_folded = [docs.source(c).startswith('#| code-fold: true\n') for c in folded]
+    assert is_folded == [True,True,False,False,False,False]
+    assert docs.source(folded[0]).endswith(sources[0]) and not any(map(docs.only_tests, folded))
+
+def test_saved_progress_bars_are_removed():
+    bars = ['█\r','\r',' |----------------------------------------| 0.00% [0/3 00:00<?]\r',
+            ' |██████████████████████████--------------| 66.67% [2/3 00:00<00:00]']
+    shown = lambda *text: dict(output_type='stream', text=list(text))
+    c = dict(outputs=[shown(*bars), shown(*bars, '\r', 'a | b\n', '3%\n'), dict(output_type='execute_result')])
+    assert docs.has_bar(c)
+    docs.remove_bar(c)
+    assert c['outputs'] == [shown('a | b\n', '3%\n'), dict(output_type='execute_result')] and not docs.has_bar(c)
 
 # --- configuration
 

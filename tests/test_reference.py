@@ -79,6 +79,38 @@ def test_public_names_are_shown_in_use():
     shown = examples()
     assert [f'{m}.{name}' for m in MODULES for name,_ in public(m) if name not in shown] == []
 
+PAGES = sorted((ROOT/'nbs'/'reference').glob('*.ipynb'))
+SHOW_DOC = re.compile(r'(?m)^show_doc\(([\w.]+)')
+
+def shown_on(page): return [name for c in docs.cells(page) for name in SHOW_DOC.findall(docs.source(c))]
+
+def test_each_name_that_users_type_has_one_place_in_the_reference():
+    from fastai_jocor import all as everything
+    shown = [o for p in PAGES for o in shown_on(p)]
+    assert len(shown) == len(set(shown))
+    assert {'Learner.to_peers','Learner.to_single','Learner.take_heads','JoCorCallback.suspects'} <= set(shown)
+    assert {o for o in shown if '.' not in o} == set(everything.__all__)
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.stem)
+def test_a_reference_page_begins_with_what_it_is_about_and_ends_with_an_example(page):
+    if page.stem == 'commands': return
+    visible = [c for c in docs.cells(page) if '#| hide' not in docs.source(c)]
+    kinds = [c['cell_type'] for c in visible]
+    assert kinds[:3] == ['markdown','markdown','code'] and docs.source(visible[1]).startswith('```python')
+    assert SHOW_DOC.search(docs.source(visible[2]))
+    after = visible[next(i for i,c in enumerate(visible) if '## Example' in docs.source(c)):]
+    assert any(c.get('outputs') for c in after)
+
+def test_commands_have_their_help_in_the_reference():
+    from fastai_jocor.lab import commands
+    from fastcore.script import anno_parser
+    cells = docs.cells(ROOT/'nbs'/'reference'/'commands.ipynb')
+    text = ''.join(''.join(o.get('text', '')) for c in cells for o in c.get('outputs', []))
+    for name in re.findall(r'(?m)^    (\w+)=fastai_jocor', (ROOT/'settings.ini').read_text(encoding='utf-8')):
+        f = inspect.unwrap(getattr(commands, name))
+        options = re.findall(r'(?m)^ +(--[\w-]+)', anno_parser(f, name).format_help())
+        assert f'usage: {name}' in text and all(o in text for o in options), f'run commands.ipynb anew: {name}'
+
 MADE = '''def f(a, b=1):
     return a
 

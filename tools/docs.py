@@ -1,11 +1,11 @@
 """Run the notebooks and keep their outputs, write README.md from nbs/index.ipynb, and check the documentation.
 
-    python tools/docs.py            # README and checks
+    python tools/docs.py            # README and checks; fold cells that only test, and remove saved progress bars
     python tools/docs.py --run      # run every notebook first, and save what it shows
     python tools/docs.py --check    # only say what is not as it should be
     python tools/docs.py --site     # build the site too, and check its pages; --shots FOLDER keeps pictures of them
 """
-import json, re, sys
+import ast, json, re, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +31,7 @@ def run_notebooks():
         code = ('import sys; from nbdev.test import test_nb; '
                 f"sys.exit(not test_nb({str(p)!r}, skip_flags=['slow','cuda'], save=True)[0])")
         subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True, cwd=p.parent)
+        edit(p, lambda c: source(c).startswith('show_doc('), lambda c: c.update(outputs=[], execution_count=None))
     from nbdev.clean import nbdev_clean
     nbdev_clean(str(NBS))
 
@@ -56,6 +57,36 @@ def _output(o):
     data = o.get('data', {})
     return ''.join(data.get('text/markdown', '')) or ('```\n' + ''.join(data.get('text/plain', '')) + '\n```')
 
+def only_tests(c):
+    "Whether a cell tests and shows nothing, and is neither hidden nor folded"
+    if c['cell_type'] != 'code' or c.get('outputs'): return False
+    if re.search(r'#\| *(hide|export|code-fold)', source(c)): return False
+    nodes = ast.walk(ast.parse(re.sub(r'(?m)^\s*[%!].*', '', source(c))))
+    called = lambda o: isinstance(o, ast.Call) and getattr(o.func, 'id', '').startswith('test_')
+    return any(isinstance(o, ast.Assert) or called(o) for o in nodes)
+
+def edit(p, which, change):
+    "Change some cells of a notebook"
+    nb = json.loads(p.read_text(encoding='utf-8'))
+    found = [c for c in nb['cells'] if which(c)]
+    for c in found: change(c)
+    text = json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n'
+    if found: p.write_text(text, encoding='utf-8', newline='\n')
+
+BAR = re.compile(r'[^\n]*\r|[^\n|]*\|[█-]{20,}\| [\d.]+% \[[^\]]*\]')
+def streams(c): return [o for o in c.get('outputs', []) if o['output_type'] == 'stream']
+def has_bar(c): return any(BAR.search(''.join(o['text'])) for o in streams(c))
+
+def remove_bar(c):
+    "Remove saved progress bars from what a cell shows"
+    for o in streams(c): o['text'] = BAR.sub('', ''.join(o['text'])).splitlines(True)
+    c['outputs'] = [o for o in c['outputs'] if o.get('text') != []]
+
+def tidy(p):
+    "Remove saved progress bars, and fold the cells that only test: they are run, and a click away for a reader"
+    edit(p, has_bar, remove_bar)
+    edit(p, only_tests, lambda c: c.update(source=['#| code-fold: true\n', *source(c).splitlines(True)]))
+
 def problems():
     "What a reader would stumble over"
     for p in notebooks():
@@ -63,8 +94,12 @@ def problems():
         first = source(cs[0])
         if not re.match(r'# .+\n+> .+', first):
             yield f'{name}: the first cell must be a title and a line under it that starts with >'
+        if re.match(r'# [a-z][a-z ]*\n', first): yield f'{name}: the title must begin with a capital, or be a name'
         code = [c for c in cs if c['cell_type'] == 'code' and not re.search(r'#\| *(hide|default_exp)', source(c))]
         if not any(c.get('outputs') for c in code): yield f'{name}: no saved output at all'
+        if any(map(has_bar, cs)): yield f'{name}: a saved progress bar (run python3 dev.py docs)'
+        for c in filter(only_tests, cs):
+            yield f'{name}: fold the cell that only tests (run python3 dev.py docs): {source(c)[:60]!r}'
         for c in cs:
             for o in c.get('outputs', []):
                 if o['output_type'] == 'error': yield f"{name}: a saved error: {o['ename']}"
@@ -83,6 +118,8 @@ def main(*args):
     import front
     if not front.is_drawn() and '--check' not in args: front.draw()
     if '--run' in args: run_notebooks()
+    if '--check' not in args:
+        for p in notebooks(): tidy(p)
     found,text = list(problems()),readme()
     if not front.is_drawn():
         found.append('nbs/images/mnist.png does not show the runs that are there: run python3 dev.py docs')

@@ -1,10 +1,14 @@
 """Build the site as readers will see it and check it, where Quarto is not at hand: python tools/docs.py --site
 
-The notebooks go through nbdev as they do for Quarto, and smalldocs renders the pages from the same _quarto.yml. Pages
-are then read for links, anchors, titles, results and alternative text, and opened in Chromium, where there is one, at
-the width of a phone and of a desk, in light and in dark. The published site is built by Quarto (`nbdev-docs`).
+The notebooks go through nbdev as they do for Quarto, and smalldocs renders the pages from the same _quarto.yml and
+styles.css. Pages are then read for links, anchors, titles, results and alternative text, and opened in Chromium, where
+there is one, at the width of a phone and of a desk, in light and in dark: nothing on them may be cut off.
+
+The published site is built by Quarto (`nbdev-docs`). Quarto is no Python package: what `pip install quarto-cli` gets
+downloads the program from GitHub, so that a machine which only reaches a package index has none. These pages are not
+byte for byte those of Quarto, but they have its layout, its widths and the same MathML in place of formulas.
 """
-import base64, contextlib, functools, http.server, json, os, re, shutil
+import base64, contextlib, functools, html, http.server, json, os, re, shutil
 import subprocess, sys, tempfile, threading, urllib.parse
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,7 +18,7 @@ SITE = ROOT/'_docs'
 WIDTHS = (390, 1280)
 # Settings that only Quarto reads
 OF_QUARTO = re.compile('format-links|format commonmark is not built|output-file is not read|code-block|highlight-style|'
-                       'code-overflow|format.html.(grid|keep-md)')
+                       'code-overflow|format.html.(grid|keep-md|html-math-method)')
 
 # --- build
 
@@ -55,6 +59,15 @@ def final_link(link, folder, names):
     to = os.path.normpath(folder/link).replace(os.sep, '/')
     return os.path.relpath(names[to], folder).replace(os.sep, '/') if to in names else link
 
+FORMULA = re.compile(r'(?s)<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>')
+KATEX = re.compile(r'<(?:link|script)[^>]*katex[^>]*>(?:</script>)?')
+
+def formulas(page):
+    "The text of a page with MathML in place of TeX, as Quarto has it: a page needs no script and no network for it"
+    from latex2mathml.converter import convert
+    mathml = lambda m: convert(html.unescape(m[2]), display='block' if m[1] == 'display' else 'inline')
+    return KATEX.sub('', FORMULA.sub(mathml, page))
+
 def build(out=SITE):
     "Render the site into `out`, and return what smalldocs had to say"
     from smalldocs.site import build as render
@@ -64,16 +77,19 @@ def build(out=SITE):
         site = render(Path(tmp)/'site', quiet=True)
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(site.out, out)
+    for p in Path(out).rglob('*.html'): p.write_text(formulas(p.read_text(encoding='utf-8')), encoding='utf-8')
     return [str(w) for w in site.warnings if not OF_QUARTO.search(str(w))]
 
 # --- read
 
 class Page(HTMLParser):
-    "What a page holds: anchors, links, pictures, title, headings and results"
+    "What a page holds: anchors, links, pictures, title, headings, results, and names that were linked twice"
     def __init__(self, path):
         super().__init__()
         self.ids,self.links,self.images,self.title,self.headings,self.results,self._in = set(),[],[],'',0,0,None
-        self.feed(path.read_text(encoding='utf-8'))
+        text = path.read_text(encoding='utf-8')
+        self.nested = re.findall(r'<code>([^<]*)</code></a>\]\(', text)
+        self.feed(text)
     def handle_starttag(self, tag, attrs):
         a = dict(attrs)
         if 'id' in a: self.ids.add(a['id'])
@@ -99,6 +115,7 @@ def problems(site=SITE, base=None):
         if not title or page.headings != 1:
             yield f'{name}: a page has one title, not {page.headings} (<title>{title}</title>)'
         if not page.results: yield f'{name}: shows no result'
+        for o in page.nested: yield f'{name}: write `{o}` without a link, because nbdev makes one'
         for src,alt in page.images:
             if not alt: yield f'{name}: {src[:60]} has no alternative text'
         for link in [*page.links, *(s for s,_ in page.images)]:
@@ -130,8 +147,14 @@ def chromium():
 
 FLAGS = '''--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --hide-scrollbars --remote-debugging-pipe'''.split()
-SIZE = '''new Promise(r => setTimeout(() => r([document.documentElement.scrollWidth,
-    document.documentElement.scrollHeight]), 150))'''
+# The size of a page, and what of its code and its tables is cut off. On a phone a table may scroll within its frame.
+SIZE = '''new Promise(r => setTimeout(r, 150)).then(() => {
+  const main = document.querySelector('main') || document.body, root = document.documentElement
+  const hides = o => getComputedStyle(o).overflowX != 'visible' && o.scrollWidth > o.clientWidth + 1
+  const framed = o => innerWidth < 768 && o.tagName == 'TABLE' && parseFloat(getComputedStyle(o).borderRightWidth) > 0
+  const cut = e => { for (let o = e; o != main; o = o.parentElement) if (hides(o) && !framed(o)) return true }
+  const shown = [...main.querySelectorAll('pre,table')].filter(o => o.checkVisibility() && cut(o))
+  return [root.scrollWidth, root.scrollHeight, shown.map(o => o.tagName.toLowerCase() + ': ' + o.innerText.trim())]})'''
 
 class Chrome:
     "Chromium, spoken to through two pipes"
@@ -173,7 +196,7 @@ class Chrome:
         for o in ('Page','Runtime','Log'): self.call(f'{o}.enable')
 
     def visit(self, url, width, dark=False):
-        "Load a page and return what went wrong, its height and how wide its content is"
+        "Load a page and return what went wrong, how wide and how high it is, and the code and tables that are cut off"
         self.call('Emulation.setDeviceMetricsOverride', width=width, height=900, deviceScaleFactor=1, mobile=False)
         scheme = dict(name='prefers-color-scheme', value='dark' if dark else 'light')
         self.call('Emulation.setEmulatedMedia', features=[scheme])
@@ -218,7 +241,7 @@ def served(folder):
     finally: server.shutdown(); server.server_close()
 
 def look(site=SITE, shots=None, exe=None, only=None):
-    "Open each page in Chromium at each width: what the console says, and whether the page fits; pictures go to `shots`"
+    "Open each page in Chromium at each width: what the console says and what does not fit; pictures go to `shots`"
     if shots: Path(shots).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as profile, served(site) as url:
         chrome = Chrome(exe or chromium(), profile)
@@ -226,20 +249,21 @@ def look(site=SITE, shots=None, exe=None, only=None):
             chrome.open()
             for name in only or pages(site):
                 for width,dark in [(w,False) for w in WIDTHS] + [(WIDTHS[-1],True)]:
-                    messages,wide,high = chrome.visit(f'{url}/{name}', width, dark)
+                    messages,wide,high,cut = chrome.visit(f'{url}/{name}', width, dark)
                     for m in messages: yield f'{name}: the console says {m[:200]}'
                     if wide > width: yield f'{name}: is {wide} pixels wide on a screen of {width}'
+                    for o in cut: yield f'{name}: is cut off on a screen of {width}: {" ".join(o.split())[:80]}'
                     picture = f"{name[:-5].replace('/','_')}-{width}{'-dark' if dark else ''}.png"
                     if shots: chrome.shot(Path(shots)/picture, width, high)
         finally: chrome.close()
 
 def main(shots=None):
     "Build and check; return the problems"
-    try: import smalldocs
-    except ImportError:
-        print("The site was not built: pip install 'smalldocs==0.5.4' (Python 3.11 or newer); "
+    try: import latex2mathml, smalldocs
+    except ImportError as e:
+        print("The site was not built: pip install 'smalldocs==0.5.4' latex2mathml (Python 3.11 or newer); "
               "Quarto and nbdev-docs build what is published")
-        return ['no smalldocs']
+        return [f'no {e.name}']
     found = build() + list(problems())
     if chromium(): found += list(look(shots=shots))
     else: print('Chromium was not found: the pages were read, but not opened in a browser')
