@@ -5,9 +5,9 @@
     python tools/docs.py --check    # only say what is not as it should be
     python tools/docs.py --site     # build the site too, and check its pages; --shots FOLDER keeps pictures of them
 """
-import json, os, re, sys
-import sync_settings
+import json, re, sys
 from pathlib import Path
+import os, sync_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/'nbs'
