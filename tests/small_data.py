@@ -20,7 +20,7 @@ def table(path, n=1500):
 def questions(path, n=320):
     "Lines of TREC, in which the first words tell the class"
     rng = np.random.default_rng(0)
-    first = {'HUM:ind': 'Who was', 'LOC:city': 'Where lies', 'NUM:count': 'How many in', 'DESC:def': 'What is meant by'}
+    first = {'HUM:ind': 'Who was', 'LOC:city': 'Where lies', 'NUM:count': 'How many in'}
     other = 'the king river city war of a great old sea book first last star name'.split()
     (path/'trec').mkdir(parents=True)
     for file,size in (('train_5500.label',n), ('TREC_10.label',n//4)):

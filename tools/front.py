@@ -2,7 +2,7 @@
 
     python tools/front.py                              # accuracy, from benchmarks/results/everyday.csv
     python tools/front.py --path DATA                  # the photographs, too
-    python tools/front.py --path DATA --weights FILE   # audits the photographs first; `none`: weights from the network
+    python tools/front.py --path DATA --weights FILE   # audits the photographs first; `none`: timm's own weights
 
 DATA has the photographs in clothing/{train,validation}/<class>, from
 https://github.com/alexeygrigorev/clothing-dataset-small (CC0). The audit is written to
@@ -82,8 +82,8 @@ def audit(path, weights):
     from fastai.vision.all import ImageDataLoaders, Resize, ResizeMethod, set_seed, vision_learner
     from fastai_jocor.all import audit_labels
     set_seed(0)
-    dls = ImageDataLoaders.from_folder(path/'clothing', train='train', valid='validation', bs=64, num_workers=0,
-                                       item_tfms=Resize(128, ResizeMethod.Squish))
+    parts = dict(train='train', valid='validation', item_tfms=Resize(128, ResizeMethod.Squish))
+    dls = ImageDataLoaders.from_folder(path/'clothing', **parts, bs=64, num_workers=0)
     own = {} if weights == 'none' else dict(pretrained_cfg_overlay=dict(file=weights))
     found = audit_labels(vision_learner(dls, 'tf_efficientnet_lite0', **own), folder=path/'features')
     s = found.suspects()
