@@ -1,10 +1,11 @@
 "The project agrees with itself: settings, exports, notebooks, documentation."
 import importlib.metadata, importlib.util, os, re, shutil, subprocess, sys, pandas as pd, pytest
 from pathlib import Path
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/'tools'))
-import docs, front, sync_settings
+import docs, front, small_data, sync_settings
 
 NOTEBOOKS = docs.notebooks()
 
@@ -12,9 +13,13 @@ def python(code, **kwargs):
     "Run code in a process of its own"
     return subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True, capture_output=True, **kwargs)
 
+@pytest.fixture(scope='session')
+def small(tmp_path_factory): return small_data.make(tmp_path_factory.mktemp('small'))
+
 @pytest.mark.parametrize('nb', NOTEBOOKS, ids=lambda p: p.relative_to(docs.NBS).with_suffix('').as_posix())
-def test_notebook(nb, monkeypatch):
+def test_notebook(nb, monkeypatch, request):
     from nbdev.test import test_nb as run_nb
+    if docs.needs_data(nb): monkeypatch.setenv(docs.DATA, str(request.getfixturevalue('small')))
     monkeypatch.chdir(nb.parent)
     assert run_nb(nb, skip_flags=['slow','cuda'])[0]
 
@@ -97,10 +102,34 @@ def test_tutorials_export_nothing():
     for p in inside:
         for c in docs.cells(p): assert not re.search(r'(?m)^#\| *(default_exp|export)', docs.source(c)), p.name
 
-def test_links_of_the_readme_start_from_its_folder():
-    links = re.findall(r'\]\(([^)#]+)', docs.readme())
-    assert any('tutorials/' in o for o in links)
-    for o in links: assert re.match('https?:', o) or (ROOT/o).exists(), o
+def test_notebooks_that_need_data_are_told_from_the_others(capsys, monkeypatch):
+    needing = [p for p in NOTEBOOKS if docs.needs_data(p)]
+    assert {p.stem for p in needing} == {'photographs','tables','text'}
+    monkeypatch.delenv(docs.DATA, raising=False)
+    monkeypatch.setattr(docs, 'notebooks', lambda: needing)
+    docs.run_notebooks()
+    assert capsys.readouterr().out.count('keeps its outputs') == 3
+
+def test_links_of_the_readme_work_anywhere():
+    s = sync_settings.read_settings()
+    pages = {docs.page_of(p.relative_to(docs.NBS).as_posix()) for p in NOTEBOOKS}
+    raw = f"https://raw.githubusercontent.com/{s['user']}/{s['repo']}/{s['branch']}/"
+    links = re.findall(r'\]\(([^)\s]+)\)', docs.readme())
+    assert all(o.startswith('https://') for o in links)
+    ours = [o.partition('#')[0].removeprefix(s['doc_url']) for o in links if o.startswith(s['doc_url'])]
+    assert 'tutorials/quickstart.html' in ours and set(ours) <= pages | {''}
+    pictures = [o.removeprefix(raw) for o in links if o.startswith(raw)]
+    assert len(pictures) == 2 and all((ROOT/o).is_file() for o in pictures)
+    names = {'08_callback': 'callback', '13b_posterior': 'posterior', 'lab/04d_suspects_page': 'lab/suspects_page'}
+    for nb,page in names.items(): assert docs.page_of(f'{nb}.ipynb') == f'{page}.html'
+
+def test_front_of_the_readme():
+    "What a newcomer looks for is near the top, and says nothing that cannot be done"
+    text = docs.readme()
+    first = text[:text.index('## Install')]
+    assert 'JoCorCallback(k=3)' in first and 'audit_labels(learn)' in first and first.count('\n[![') == 4
+    assert 'pip install fastai_jocor' not in text and 'pip install git+' not in text
+    assert text[text.index('## Where to go next'):].count('\n- [') == 4
 
 def test_notebooks_are_clean(copy):
     before = {p: p.read_text(encoding='utf-8') for p in (copy/'nbs').rglob('*.ipynb')}
@@ -117,18 +146,26 @@ def test_readme(): assert (ROOT/'README.md').read_text(encoding='utf-8') == docs
 
 def test_picture_of_the_home_page_shows_the_runs_that_are_there(tmp_path):
     assert front.is_drawn(), 'run python3 dev.py docs'
-    shutil.copytree(front.RESULTS, tmp_path/'runs')
-    assert front.is_drawn(tmp_path/'runs')
-    found = front.runs()
-    assert set(found) == set(front.WAYS)
-    assert all(acc.shape == (200,3) and acc.notna().all(axis=None) for acc in found.values())
-    histories = pd.read_csv(tmp_path/'runs'/'histories.csv.gz')
-    changed = histories.run.str.startswith('mnist-symmetric0.5-jocor_k3-') & (histories.epoch == 199)
-    histories.loc[changed,'accuracy'] += .001
-    histories.to_csv(tmp_path/'runs'/'histories.csv.gz', index=False)
-    assert not front.is_drawn(tmp_path/'runs') and not front.is_drawn(picture=tmp_path/'none.png')
-    front.draw(tmp_path/'runs', tmp_path/'new.png')
-    assert front.is_drawn(tmp_path/'runs', tmp_path/'new.png') and not front.is_drawn(picture=tmp_path/'new.png')
+    found = front.accuracies()
+    assert list(found.index) == list(front.CELLS) and found.notna().all(axis=None) and (found.seeds > 1).all()
+    runs = pd.read_csv(front.RUNS)
+    changed = (runs.data == 'trec') & (runs.method == 'jocor3') & (runs.noise == 'symmetric 30')
+    runs.loc[changed,'accuracy'] += .001
+    runs.to_csv(tmp_path/'runs.csv', index=False)
+    assert not front.is_drawn(tmp_path/'runs.csv') and not front.is_drawn(picture=tmp_path/'none.png')
+    front.draw(tmp_path/'runs.csv', tmp_path/'new.png')
+    assert front.is_drawn(tmp_path/'runs.csv', tmp_path/'new.png') and not front.is_drawn(picture=tmp_path/'new.png')
+
+def test_photographs_of_the_home_page_are_suspects(tmp_path):
+    s = pd.read_csv(front.SUSPECTS)
+    shown = [s[s['item'].str.contains(f'/{o}')] for o in front.SHOWN]
+    assert [len(o) for o in shown] == [1]*6 and (s.p_wrong >= .5).all() and s.p_wrong.is_monotonic_decreasing
+    for rows in shown:
+        file = tmp_path/'clothing'/rows['item'].iloc[0]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (60,80)).save(file)
+    front.draw_photographs(tmp_path, picture=tmp_path/'new.jpg')
+    with Image.open(tmp_path/'new.jpg') as new, Image.open(front.PHOTOGRAPHS) as kept: assert new.size == kept.size
 
 def test_nothing_private():
     "No path of a machine, no folder outside of the project"
