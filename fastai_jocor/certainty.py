@@ -66,7 +66,7 @@ class Certainty:
 
     def _judge(self, at, log_p, given, score, hidden):
         p,est = LabelPosterior(log_p, given).p_wrong(log_p, given),self.estimate
-        res = carried(score, hidden, at, p)
+        res = carried(score, hidden, at, p.clip(.5/len(p), 1-.5/len(p)))
         rate = np.clip(max(est.rate, p.mean()), est.low, est.high)
         known = ~np.isnan(res)
         self.p_wrong[known] = shifted(res[known], np.clip(rate, 1e-4, 1-1e-4))
