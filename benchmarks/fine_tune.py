@@ -7,15 +7,15 @@ FOLDER holds `clothing/{train,test}/<class>`; timm fetches the weights of `tf_ef
 Three heads are trained on what the frozen body sees, each without a third of the labels, and go back on the body. Each
 other row of results/fine_tune.csv goes on from there, with the body trained too, for `epochs` epochs at one cycle's
 largest rates `body_lr` and `head_lr`. `callback` is the heads' own, which goes on with what it knows of the labels, or
-a new one. Accuracies are on the
-test set, of the mean of the three and of each alone.
+a new one. Accuracies are on the test set, of the mean of the three and of each alone. The body is trained in bfloat16.
 """
 import os, time, warnings, numpy as np, pandas as pd, torch
 from collections import namedtuple
 from pathlib import Path
 from fastcore.script import call_parse
 from fastai.basics import *
-from fastai_jocor.all import JoCorCallback
+from fastai.vision.all import ChannelsLast
+from fastai_jocor.all import AutocastBF16, JoCorCallback
 from fastai_jocor.judge import fit_heads, NoValidation, peer_log_probs
 from fastai_jocor.features import given_labels as labels_of
 from fastai_jocor.peers import copied
@@ -24,7 +24,7 @@ from everyday_data import clothing_photos, given_labels, photo_learner
 
 FILE = Path(__file__).resolve().parent/'results'/'fine_tune.csv'
 Way = namedtuple('Way', 'epochs body_lr head_lr callback', defaults=['heads'])
-ways = [Way(0, 0., 0.), Way(2, 1e-5, 1e-3, 'new'), Way(2, 1e-5, 1e-4), Way(2, 1e-4, 1e-4)]
+ways = [Way(0, 0., 0.), Way(1, 1e-5, 1e-4), Way(1, 1e-5, 1e-3, 'new'), Way(1, 1e-4, 1e-4)]
 
 def accuracies(learn):
     "Of the mean of the peers, and the mean of the peers' own"
@@ -44,7 +44,7 @@ def tuned(learn, heads, state, way, seed):
     cb = JoCorCallback(k=3, hidden=1/3, seed=seed, rule='evidence')
     if way.callback == 'heads': cb = state
     with whole.no_bar(), whole.no_logging():
-        whole.fit_one_cycle(way.epochs, slice(way.body_lr, way.head_lr), cbs=[cb, NoValidation()])
+        whole.fit_one_cycle(way.epochs, slice(way.body_lr, way.head_lr), cbs=[cb, NoValidation(), ChannelsLast(), AutocastBF16()])
     return whole
 
 def rows(): return pd.read_csv(FILE) if FILE.exists() else pd.DataFrame(columns=[*Way._fields,'seed'])

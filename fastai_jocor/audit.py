@@ -15,7 +15,7 @@ from fastai.vision.data import get_grid
 from .losses import check_number
 from .ledger import Ledger, confident_joint, seen_items, transition_of
 from .noise import NoiseRecord, plot_noise
-from .certainty import Certainty
+from .certainty import Certainty, summary_of
 from .trainer import PeersCallback
 
 # %% ../nbs/14_audit.ipynb #a0d10006
@@ -134,17 +134,11 @@ def suspects(self:PeersCallback,
     if c is None or c.trusted: _warn_if_empty(f, n)
     if c is None: return f
     if not c.learned: f = (f if anyway else f[:0]).assign(p_wrong=np.nan)
-    f.attrs['summary'] = _summary_of(c)
+    f.attrs['summary'] = summary_of(c.expected, c.learned, c.trusted)
     return f
 
 def _warn_if_empty(f, n):
     if f.empty and n != 0: warnings.warn("no label stands out: the peers vote against none with confidence")
-
-def _summary_of(c):
-    "What the page of suspects says of all labels"
-    if not c.learned: return dict(n_items=c.n, trusted=False, warning=str(c))
-    e = c.expected
-    return dict(n_items=c.n, expected_wrong=e['expected'], low=e['low'], high=e['high'], trusted=c.trusted)
 
 @patch
 def expected_wrong(self:PeersCallback)->dict: # `expected`, `low` and `high` of `n`; `listed`, and wrong ones `in_list`

@@ -69,6 +69,21 @@ def test_an_estimate_that_is_not_trusted_is_said_each_time(trained):
     for kw in ({}, dict(suspects=s)):
         with pytest.warns(UserWarning, match='do not know enough to be sure'): cb.plot_suspects(2, **kw)
 
+@pytest.mark.parametrize('epochs,says', [(0, 'nothing can be said'), (12, 'Do not rely on this number')])
+def test_the_page_says_what_the_list_says(trained, epochs, says, tmp_path):
+    from fastai_jocor.lab.suspects_page import review_page
+    learn,cb = digits(epochs=0, k=3) if not epochs else trained
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        s = cb.suspects(anyway=True)[:5]
+    pages = []
+    for trusted in (False, True):
+        if epochs: s.attrs['summary']['trusted'] = trusted
+        review_page(s, tmp_path/'page.html', pictures=['']*5)
+        pages.append((tmp_path/'page.html').read_text(encoding='utf-8'))
+    assert says in pages[0] and (says in pages[1]) == (not epochs)
+    if epochs: assert f"About {cb.expected_wrong()['expected']:,.0f} of 1,257 labels are expected" in pages[0]
+
 def test_nothing_is_said_of_a_fit_that_can_be_trusted(trained):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
