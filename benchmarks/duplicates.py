@@ -35,21 +35,26 @@ def with_copies(source, folder, n=1000, n_copies=100, seed=0):
         for name,(change,quality) in ways.items():
             change(Image.open(file).convert('RGB')).save(own/f'{i}.{name}.jpg', quality=quality)
 
-def learner_on(folder, weights, size):
-    dls = ImageDataLoaders.from_folder(folder, valid_pct=.1, seed=0, bs=64, num_workers=0,
-                                       item_tfms=Resize(size, ResizeMethod.Squish))
-    cfg = dict(pretrained_cfg_overlay=dict(file=weights)) if weights else {}
-    return vision_learner(dls, 'tf_efficientnet_lite0', path=folder, **cfg)
+def loaders_of(folder, size):
+    return ImageDataLoaders.from_folder(folder, valid_pct=.1, seed=0, bs=64, num_workers=0,
+                                        item_tfms=Resize(size, ResizeMethod.Squish))
 
 def figures(pairs, names, n_copies):
-    "Recall of each kind of copy, and the number of pairs of different photographs"
+    "Recall of each kind of copy, and the pairs of different photographs"
     ids,kinds = zip(*[Path(o).name.split('.')[:2] for o in names])
-    found,false = {},[]
-    for p in pairs.itertuples():
-        a,b = int(p.first),int(p.second)
+    found,false = dict.fromkeys(ways, 0),[]
+    for a,b in zip(pairs['first'].astype(int), pairs['second'].astype(int)):
+        kind = {kinds[a],kinds[b]}-{'original'}
         if ids[a] != ids[b]: false.append((names[a], names[b]))
-        elif 'original' in (kinds[a],kinds[b]): found.setdefault({kinds[a],kinds[b]}.difference({'original'}).pop(), []).append(1)
-    return {name: len(found.get(name, []))/n_copies for name in ways},false
+        elif len(kind) == 1 and 'original' in (kinds[a],kinds[b]): found[kind.pop()] += 1
+    return {name: o/n_copies for name,o in found.items()},false
+
+def measure(learn, n_copies, thresholds=THRESHOLDS):
+    "Yields a threshold, the recall of each kind of copy, and the pairs of different photographs"
+    dls = feature_dls(learn, progress=False)
+    distances,positions = nearest_of(dls)
+    names = [str(o) for dl in dls.loaders for o in dl.dataset.items]
+    for within in thresholds: yield within,*figures(near_duplicates(distances, positions, within), names, n_copies)
 
 @call_parse
 def main(
@@ -67,12 +72,10 @@ def main(
     for data in ('clothing','cifar10'):
         with tempfile.TemporaryDirectory() as tmp:
             with_copies(Path(path)/data/'train', Path(tmp), n, n_copies)
-            dls = feature_dls(learner_on(Path(tmp), weights, size), progress=False)
-            distances,positions = nearest_of(dls)
-            names = [str(o) for dl in dls.loaders for o in dl.dataset.items]
-        for within in THRESHOLDS:
-            recall,false = figures(near_duplicates(distances, positions, within), names, n_copies)
-            rows.append(dict(data=data, photographs=n, copied=n_copies, within=within, **recall, false=len(false)))
-            print(rows[-1], flush=True)
-            if show: print(*false, sep='\n')
+            cfg = dict(pretrained_cfg_overlay=dict(file=weights)) if weights else {}
+            learn = vision_learner(loaders_of(Path(tmp), size), 'tf_efficientnet_lite0', path=tmp, **cfg)
+            for within,recall,false in measure(learn, n_copies):
+                rows.append(dict(data=data, photographs=n, copied=n_copies, within=within, **recall, false=len(false)))
+                print(rows[-1], flush=True)
+                if show: print(*false, sep='\n')
     pd.DataFrame(rows).to_csv(FILE, index=False, float_format='%.4g')
