@@ -13,7 +13,7 @@ from .noise import NoiseRecord
 from .blocks import NoisyLabel
 from .state import class_names_of, item_names
 from .trainer import PeersCallback
-from .audit import is_suspect, suspect_scores
+from .audit import suspect_scores
 
 # %% ../nbs/15_cleaning.ipynb #c1ea0010
 def cleaned(
@@ -129,7 +129,8 @@ class SuspectsLearner(GetAttr):
                              "pass the learner that the callback trained")
         labels = _labels_of(dl) if (f.given_label < 0).any() else f.given_label.to_numpy()
         rank = suspect_scores[self.score](f).rank(pct=True).fillna(0.)
-        return None,torch.tensor(labels),None,torch.tensor((is_suspect(f) + rank).to_numpy())
+        listed = f.index.isin(self.cb.suspects(score=self.score).index)
+        return None,torch.tensor(labels),None,torch.tensor(listed + rank.to_numpy())
 
 @patch
 def cleaner(self:PeersCallback,

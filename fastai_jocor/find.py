@@ -16,6 +16,7 @@ from .state import class_names_of, item_names
 from .callback import JoCorCallback
 from .features import body_of, FeatureItems, given_labels
 from .neighbours import far_out, near_duplicates, nearest
+from .certainty import in_words, summary_of
 from .audit import show_item
 from .judge import fine_tuned, fit_heads, Judgement, peer_log_probs
 
@@ -104,11 +105,7 @@ def expected_wrong(self:LabelAudit,
 
 @patch
 def __str__(self:LabelAudit):
-    if not self.learned: return ('the networks agree with the labels no more often than a constant answer would, '
-                                 'so nothing can be said of these labels')
-    e = self.expected_wrong()
-    text = (f"about {e['expected']:.0f} of {e['n']} labels are wrong, between {e['low']:.0f} and {e['high']:.0f}")
-    return text if self.trusted else f'{text}; the networks do not know enough to be sure'
+    return in_words(self.expected_wrong(), self.learned, self.trusted)
 
 @patch
 def __repr__(self:LabelAudit): return f'LabelAudit: {self}'
@@ -128,8 +125,10 @@ def suspects(self:LabelAudit,
     _check_part(part)
     t = self.table if part is None else self.table[self.table.part == part]
     if not self.learned or not self.trusted: warnings.warn(str(self))
-    if not self.learned and not anyway: return t[:0]
-    return t[t.p_wrong >= least].sort_values('p_wrong', ascending=False, kind='stable')[:n]
+    if not self.learned and not anyway: t = t[:0]
+    t = t[t.p_wrong >= least].sort_values('p_wrong', ascending=False, kind='stable')[:n]
+    t.attrs['summary'] = summary_of(self.expected_wrong(part), self.learned, self.trusted)
+    return t
 
 @patch
 def duplicates(self:LabelAudit)->pd.DataFrame: # A row for each pair, those with different labels first

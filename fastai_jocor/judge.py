@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from scipy.special import logsumexp
 from fastai.basics import *
 from .losses import check_number
-from .interval import sure_error, wrong_share
+from .interval import beats_constant, sure_error, wrong_share
 from .per_sample import first_output, is_multi_label
 from .peers import check_k, copied, Peers, reset_weights
 from .callback import JoCorCallback
@@ -134,8 +134,7 @@ class Judgement:
         self.alike = float((twins == vote)[told].mean())
         sure = sure_error(vote, np.exp(self.untold.max(-1)), self.given)
         self.guess,self.low,self.high = wrong_share(right.mean(), sure, len(vote), self.alike)
-        share = np.bincount(self.given, minlength=self.n_classes).max()/len(vote)
-        self.learned = right.mean() > share+2*(share*(1-share)/len(vote))**.5
+        self.learned = beats_constant(right, self.given)
         self.trusted = bool(self.learned and self.alike >= .5 and self.high-self.low < .5)
 
     @property

@@ -24,7 +24,7 @@ def nearest(
 def near_duplicates(
     distances:np.ndarray, # Of `nearest`, shape (n, k)
     positions:np.ndarray, # Of `nearest`, shape (n, k)
-    within:float=.1 # Share of the median distance to the nearest neighbour
+    within:float=.5 # Share of the median distance to the nearest neighbour
 )->pd.DataFrame: # `first`, `second` and `distance` (in medians), a row for each pair, the most alike first
     "Pairs of items that are nearly equal"
     if not distances.size: return pd.DataFrame(dict(first=[], second=[], distance=[]))

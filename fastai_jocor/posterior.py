@@ -12,16 +12,26 @@ from scipy.special import expit, log_softmax, logit, softmax
 from .losses import check_number
 
 # %% ../nbs/13b_posterior.ipynb #613fc5ee
-def _update(p, rows, T, prior):
-    "One step of EM: the next transition matrix, and the mean log-likelihood of the given labels under this one"
-    counts,total = prior*np.eye(len(T)),0.
-    for c,of_class in enumerate(rows):
-        if not len(of_class): continue
-        mine = p[of_class]
-        likelihood = np.maximum(mine @ T[:,c], 1e-12)
-        counts[:,c] += T[:,c]*(mine.T @ (1/likelihood))
-        total += np.log(likelihood).sum()
-    return counts/counts.sum(1, keepdims=True), total/len(p)
+def _by_class(x, given):
+    "Rows in the order of their given labels; which labels there are, and where each of them ends"
+    order = np.argsort(given, kind='stable')
+    labels,sizes = np.unique(given, return_counts=True)
+    return x[order], labels, np.cumsum(sizes)
+
+def _update(L, p, labels, ends, prior):
+    "One step of EM: the next transposed transition matrix, and the likelihood of each given label under this one"
+    counts,likelihood = prior*np.eye(len(L)),np.empty(len(p))
+    for c,start,end in zip(labels, [0,*ends], ends):
+        mine = p[start:end]
+        likelihood[start:end] = now = np.maximum(mine @ L[c], 1e-12)
+        counts[c] += L[c]*((1/now) @ mine)
+    return counts/counts.sum(0), likelihood
+
+def _em(p, labels, ends, steps, prior=5.):
+    C = p.shape[1]
+    p,L = p.astype(np.float64, copy=False),.7*np.eye(C)+.3/C
+    for _ in range(steps): L,likelihood = _update(L, p, labels, ends, prior)
+    return L.T, float(np.log(likelihood).mean())
 
 def transition_by_em(
     p:np.ndarray, # Probabilities of the true classes, made without the given labels, shape (n, C)
@@ -30,11 +40,7 @@ def transition_by_em(
     prior:float=5. # Right labels of each class that are added to those that are seen, above 0
 )->tuple: # `T[i,j]`: probability that an item of class i is labelled j, shape (C, C); mean log-likelihood of the labels
     "The transition matrix that makes the given labels most likely (Dawid and Skene 1979, for one annotator)"
-    C = p.shape[1]
-    rows = [np.flatnonzero(given == c) for c in range(C)]
-    T = .7*np.eye(C)+.3/C
-    for _ in range(steps): T,likelihood = _update(p, rows, T, prior)
-    return T,likelihood
+    return _em(*_by_class(p, given), steps, prior)
 
 # %% ../nbs/13b_posterior.ipynb #f7b18711
 def find_temperature(
@@ -45,8 +51,8 @@ def find_temperature(
 )->float: # What the log-probabilities are to be multiplied by, in [0.1, 5]
     "The inverse temperature at which the given labels are most likely"
     some = np.random.default_rng(seed).permutation(len(given))[:n]
-    log_p,given = log_p[some],given[some]
-    less_likely = lambda t: -transition_by_em(softmax(np.exp(t)*log_p, -1), given, steps=15)[1]
+    log_p,*classes = _by_class(log_p[some], given[some])
+    less_likely = lambda t: -_em(softmax(np.exp(t)*log_p, -1), *classes, steps=15)[1]
     found = minimize_scalar(less_likely, bounds=(np.log(.1), np.log(5)), method='bounded', options=dict(xatol=.02))
     return float(np.exp(found.x))
 

@@ -76,10 +76,10 @@ class Sightings:
         logits,targ = torch.cat(logits, 1),torch.cat(targ)
         cols |= what_is_seen(logits, torch.cat(pred), targ)
         idx,repeated = ([self._of_batch(o, a, m) for a,m in zip(at, n)] for o in (self.s.items, self.s.repeated))
-        idx = torch.cat(idx).long()
-        if self.s.evidence is not None: cols |= hidden_columns(self.s.evidence, logits, targ, idx)
+        idx,repeated = torch.cat(idx).long(),torch.cat(repeated).bool()
+        if self.s.evidence is not None: cols |= hidden_columns(self.s.evidence, logits, targ, idx, repeated)
         if any(o is not None for o in pruned): cols = self._among_all(cols, n, pruned)
-        cols = dict(idx=idx, repeated=torch.cat(repeated).bool(), **cols)
+        cols = dict(idx=idx, repeated=repeated, **cols)
         self.folded.append(cols)
         none = torch.zeros(max(n), dtype=torch.bool, device=idx.device)
         self.ignored += [none[:m] if o is None else o for o,m in zip(ignored, n)]

@@ -8,7 +8,7 @@ __all__ = ['Weigh']
 # %% ../nbs/07c_weigh.ipynb #0cda7dc5
 import math, torch
 from fastai.basics import *
-from .processes import own_part, union
+from .processes import gather_rows, own_part, union
 from .evidence import (close_epoch, estimate_from, Evidence, forget_margins, hide, keep_by_margin,
                                    look_at_batch)
 from .step import Part
@@ -95,6 +95,7 @@ def learned(self:Weigh,
     if s.world > 1:
         torch.distributed.all_reduce(e.running)
         e.running /= s.world
+        e.untold.put(*map(gather_rows, e.untold.take_fresh()))
     close_epoch(e, seen, hold=self.frozen)
     agree = seen['agree'].double()
     o.estimate = est = estimate_from(e, 1-float(agree.mean()) if len(agree) else 0.)

@@ -71,7 +71,7 @@ def test_one_class_and_small_data():
 
 def test_suspects_are_those_that_stand_out(trained):
     learn,cb = trained
-    f,s = cb.ledger,cb.suspects()
+    f,s = cb.ledger,rank_suspects(cb.ledger)
     least = {c: f.prob[f.given_label == c].mean() for c in set(f.given_label)}
     differ = [i for i in f.index if f.predicted_label[i] != f.given_label[i]]
     want = {i for i in differ if f.conf[i] >= least[f.predicted_label[i]]}
@@ -85,7 +85,7 @@ def test_suspects_are_those_that_stand_out(trained):
     for name in ('item','given_label','predicted_label','true_label','flipped'):
         assert (s[name] == f[name][s.index]).all()
     assert list(s)[:5] == ['item','given_label','predicted_label','score','evidence']
-    assert cb.suspects(7).index.tolist() == s.index[:7].tolist() and len(cb.suspects(10**6)) == len(want)
+    assert rank_suspects(f, 7).index.tolist() == s.index[:7].tolist() and len(rank_suspects(f, 10**6)) == len(want)
 
 def test_evidence(trained):
     s,f = trained[1].suspects(1),trained[1].ledger

@@ -1,7 +1,8 @@
 "Labels judged by networks that were not told them: features, probabilities, the audit as a whole."
-import shutil, numpy as np, pytest, torch
+import json, re, shutil, sys, numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from pathlib import Path
+from types import SimpleNamespace
 from fastai.tabular.all import Normalize, TabularPandas, tabular_learner
 from fastai.vision.all import Brightness, CategoryBlock, DataBlock, Flip, get_image_files, ImageBlock, parent_label
 from fastai.vision.all import PILImage, RandomSplitter, Resize, resnet18, set_seed, vision_learner
@@ -10,6 +11,8 @@ from fastai_jocor.features import body_of, given_labels, in_order, kept_features
 from fastai_jocor.judge import Judgement
 from fastai_jocor.posterior import calibration_error, shifted, transition_by_em
 from pictures import digit_files
+
+ROOT = Path(__file__).resolve().parent.parent
 
 def picture_learner(folder, noise=None, valid=.2, size=32, arch=resnet18, **kwargs):
     "A body with random weights: it is as frozen as a pretrained one, and no download is needed"
@@ -215,3 +218,53 @@ def test_a_table(tmp_path):
     hit = s.position.isin(wrong)
     assert hit.mean() > .5 and hit.sum() > 20
     assert (s.predicted_label[hit] == right[s.position[hit]].to_numpy()).mean() > .8
+
+# --- to other tools
+
+def block_with(text):
+    "The block of Python in a tutorial that holds some text"
+    pages = [json.loads(p.read_text(encoding='utf-8')) for p in (ROOT/'nbs'/'tutorials').glob('*.ipynb')]
+    cells = [''.join(c['source']) for page in pages for c in page['cells'] if c['cell_type'] == 'markdown']
+    return next(b for c in cells for b in re.findall(r'```python\n(.*?)```', c, re.S) if text in b)
+
+def fiftyone(shown):
+    "What the lines use of FiftyOne, as its documentation says: a sample has a file, tags, and fields of plain values"
+    class Classification:
+        def __init__(self, label): assert type(label) is str
+    class Sample:
+        def __init__(self, filepath, tags=None, metadata=None, **fields):
+            assert Path(filepath).is_file() and all(type(o) is str for o in tags)
+            assert all(isinstance(o, (str,bool,int,float)) for o in fields.values())
+            self.fields = fields
+        def __setitem__(self, name, o): self.fields[name] = o if isinstance(o, Classification) else 1/0
+    class Dataset:
+        def __init__(self, name): self.samples = []
+        def add_samples(self, samples): self.samples += samples
+        def sort_by(self, name, reverse=False):
+            return sorted(self.samples, key=lambda o: o.fields[name], reverse=reverse)
+    return SimpleNamespace(Classification=Classification, Sample=Sample, Dataset=Dataset,
+                           launch_app=lambda view: shown.append(view))
+
+def test_the_lines_for_fiftyone(audited, monkeypatch):
+    shown = []
+    monkeypatch.setitem(sys.modules, 'fiftyone', fiftyone(shown))
+    exec(block_with('import fiftyone'), dict(audit=audited[2]))
+    p = [o.fields['p_wrong'] for o in shown[0]]
+    assert len(p) == len(audited[2].table) and p == sorted(p, reverse=True)
+
+def test_the_lines_for_spotlight(audited, monkeypatch):
+    "A frame, and the type of the columns that are not plain values: files of images"
+    def show(df, dtype):
+        assert dtype == {'item': 'image'} and all(Path(o).is_file() for o in df['item'])
+        assert df.p_wrong.is_monotonic_decreasing and df.given_label.map(type).eq(str).all()
+    spotlight = SimpleNamespace(show=show, Image='image')
+    monkeypatch.setitem(sys.modules, 'renumics', SimpleNamespace(spotlight=spotlight))
+    exec(block_with('from renumics import spotlight'), dict(audit=audited[2]))
+
+def test_the_lines_for_cleanlab(audited):
+    pytest.importorskip('cleanlab')
+    audit,names = audited[2],{}
+    exec(block_with('from cleanlab.filter'), dict(audit=audit), names)
+    found = audit.table.iloc[names['issues']]
+    of_train = found[found.part == 'train']
+    assert of_train.flipped.mean() > .7 and len(of_train) > .7*audit.table.flipped.eq(True).sum()

@@ -8,9 +8,10 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def find(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT/'benchmarks')
-    import find
+    import find, find_ways
     monkeypatch.setattr(find, 'FILE', tmp_path/'find.csv')
-    monkeypatch.setattr(find, 'default_epochs', lambda n: 12)
+    monkeypatch.setattr(find_ways, 'default_epochs', lambda n: 12)
+    for name in ('Found','pixels'): monkeypatch.setattr(find, name, getattr(find_ways, name), raising=False)
     return find
 
 WRONG = np.array([True,False,True,False,False])
@@ -23,6 +24,9 @@ def test_figures(find):
     assert row == dict(items=5, wrong=2, precision_at_n=.5, listed=2, precision=.5, recall=.5, expected=2.7, low=1,
                        high=3, holds=1.)
     assert find.figures(find.Found(p, p > 2, p, 4, 3, 5), WRONG)['holds'] == 0
+    row = find.figures(find.Found(p, p > .5, np.array([np.nan,0,.2,.2,.2])), WRONG & False)    # all labels are right
+    assert 'average_precision' not in row and row['precision'] == 0
+    close(row['ece'], .6/4)
 
 def test_figures_of_a_way_that_tells_less(find):
     "An item without a score is the last; a way without a list, a number or probabilities has none of their figures"
@@ -59,11 +63,12 @@ def few(find, monkeypatch, n=320):
 
 def test_dry_run(find, monkeypatch, tmp_path):
     few(find, monkeypatch)
-    for way in ('audit_3','ledger','neighbours','top_loss'): find.do_run(('digits','symmetric 20',0,way), tmp_path)
+    for way in ('audit_3','ledger','neighbours','top_loss','fit_3'): find.do_run(('digits','symmetric 20',0,way), tmp_path)
     t = find.rows().set_index('way')
-    assert list(t.index) == ['audit_3','ledger','neighbours','top_loss'] and (t['items'] == 320).all()
-    assert (t.average_precision > .8).all() and t.listed.notna().tolist() == [True,True,True,False]
-    assert t.ece.notna().tolist() == [True,False,False,False] and t.low.notna().tolist() == [True,True,False,False]
+    assert list(t.index) == ['audit_3','ledger','neighbours','top_loss','fit_3'] and (t['items'] == 320).all()
+    assert (t.average_precision > .8).all() and t.listed.notna().tolist() == [True,True,True,False,True]
+    assert t.ece.notna().tolist() == [True,False,False,False,True]
+    assert t.low.notna().tolist() == [True,True,False,False,True]
 
 def test_dry_run_of_cleanlab(find, monkeypatch, tmp_path):
     pytest.importorskip('cleanlab')

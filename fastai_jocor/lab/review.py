@@ -147,12 +147,10 @@ def _write(found, good, bad, root, source, out, n, least, command):
     s = _suspects_of(found, good, n, least)
     write_table(s, out/'suspects.csv')
     write_table(found.table, out/'items.csv', index=False)
-    e,said = found.expected_wrong(),str(found)
+    said = str(found)
     summary = dict(title=f'Labels of {source.name}', date=datetime.now().strftime('%Y-%m-%d %H:%M'), command=command,
-                   version=f'fastai_jocor {__version__}', n_items=e['n'], trusted=found.trusted,
+                   version=f'fastai_jocor {__version__}',
                    next_command=f'jocor_audit {shlex.quote(str(source))} --apply reviewed.csv')
-    if found.learned: summary |= dict(expected_wrong=e['expected'], low=e['low'], high=e['high'])
-    else: summary['warning'] = said
     looked = good.assign(p_wrong=good.file.map(found.table.set_index('item').p_wrong))
     review_page(s, out/'suspects.html', root, bad, summary=summary, labels=looked)
     print(f"{said[0].upper()}{said[1:]}.\n{len(s)} suspects: {out/'suspects.csv'}, {out/'suspects.html'}; "
