@@ -25,7 +25,8 @@ from fastai_jocor.lab.run import fast_adam
 from fastai_jocor.lab.store import CropFlip
 from fastai_jocor.step import AutocastBF16
 from gpu import attempt
-from speed import Clock, InMemoryDataLoaders, learner, made_up, np, usual_epoch
+from timing import Clock, InMemoryDataLoaders, learner, made_up, np
+from usual import usual_epoch
 
 class _SmoothLoss(AvgSmoothLoss):
     def accumulate(self, learn):

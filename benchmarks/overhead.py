@@ -18,6 +18,7 @@ from fastai_jocor.callback import JoCorCallback
 from fastai_jocor.lab.data import InMemoryDataLoaders
 from fastai_jocor.lab.datasets import jocor_cnn
 from fastai_jocor.noise import Symmetric
+from timing import megabytes
 
 RESULTS = Path(__file__).resolve().parent/'results'
 
@@ -68,7 +69,6 @@ def timing(k, steps, rounds):
     return dict(k=k, steps=steps, rounds=rounds, seconds_per_step=own, bare_seconds_per_step=bare_,
                 ratio=round(statistics.median(r), 3), lowest=round(r[0], 3), highest=round(r[-1], 3))
 
-def megabytes(key): return int(next(l.split()[1] for l in open('/proc/self/status') if l.startswith(key)))/1024
 def peak(k):
     "Megabytes that a fit with k peers (0: the single model, plainly) adds at its peak"
     learn = learner(loaders(128*4))

@@ -22,7 +22,7 @@ from fastai_jocor.batch import ItemOrder, Selection
 from fastai_jocor.lab.data import InMemoryDataLoaders
 from fastai_jocor.ledger import Ledger
 from fastai_jocor.record import Sightings
-from speed import Clock, learner, megabytes
+from timing import Clock, learner, megabytes
 
 RESULTS = Path(__file__).resolve().parent/'results'
 SIZES = dict(peers=(1,2,3,5,8,16), batch=(32,64,128,256,512,1024), classes=(10,100,1000,10000),

@@ -8,123 +8,36 @@
     python benchmarks/speed.py ways             # what else was tried: stacked or compiled peers, optimizers, …
     python benchmarks/speed.py memory           # the peak of memory, k = 3, against the bare loop (Linux)
 
-FOLDER holds MNIST/raw (torchvision's layout) or cifar10/train. The usual coding is written down here from the
-formulas of the papers: a data set that gives one image at a time through `ToTensor`, torch's `DataLoader` (with
-as many workers as is fastest here: 0 or 2), contiguous float32, Adam, the divergences pair by pair, the losses
-to the CPU, and numpy's argsort for each batch. Denormal numbers, which make any training of small networks
-slower after a thousand steps, are flushed to zero on both sides. An epoch is its training part: all batches,
-with callbacks, recorder and optimizer; nothing is evaluated in either. Two things are timed in turn, at least
-seven times; a ratio is the median of the ratios of the pairs. Each part writes results/speed_PART.json.
+FOLDER holds MNIST/raw (torchvision's layout) or cifar10/train. The usual coding is in `usual.py`, with as many
+workers as is fastest here: 0 or 2. Denormal numbers, which make any training of small networks slower after a
+thousand steps, are flushed to zero on both sides. An epoch is its training part: all batches, with callbacks,
+recorder and optimizer; nothing is evaluated in either. Two things are timed in turn, at least seven times; a ratio
+is the median of the ratios of the pairs. Each part writes results/speed_PART.json, or into the folder of `--out`.
 `approx` prunes at a forget rate of 0.5 and computes all losses in every fifth epoch.
+
+To compare two versions of the library, run the same script with `PYTHONPATH` at a checkout of the other one;
+results/before holds what 0.1.0 gave before its steps were made shorter.
 """
 import copy, json, statistics, subprocess, sys, time, warnings, numpy as np, torch
-import torch.nn.functional as F
 from pathlib import Path
 from fastcore.script import call_parse
-from fastai.vision.all import Adam, Callback, Learner, ProgressCallback, accuracy, noop, partial
+from fastai.vision.all import Adam, partial
 from fastai.callback.channelslast import ChannelsLast
 from fastai_jocor.all import *
-from fastai_jocor.lab.run import fast_adam, machine
+from fastai_jocor.lab.run import machine
 from fastai_jocor.losses import joint_loss
 from fastai_jocor.step import AutocastBF16, call_listeners
-from fastai_jocor.lab.data import InMemoryDataLoaders
-
-RESULTS = Path(__file__).resolve().parent/'results'
-
-class PerItem(torch.utils.data.Dataset):
-    "One image at a time, as a picture through `ToTensor`"
-    def __init__(self, images, labels):
-        from torchvision.transforms import ToTensor
-        self.images,self.labels,self.tfm = images,labels,ToTensor()
-    def __len__(self): return len(self.images)
-    def __getitem__(self, i):
-        from PIL import Image
-        return self.tfm(Image.fromarray(self.images[i])),int(self.labels[i])
-
-def pairwise_loss(zs, y, lam):
-    "The joint loss per item, pair by pair"
-    ce = sum(F.cross_entropy(z, y, reduction='none') for z in zs)
-    def divergence(a, b): return F.kl_div(F.log_softmax(b,1), F.softmax(a,1), reduction='none').sum(1)
-    kl = sum(divergence(a, b) for i,a in enumerate(zs) for j,b in enumerate(zs) if i != j)
-    return (1-lam)*ce + lam*kl
-
-def usual_epoch(nets, opt, loader, rate, lam=.9):
-    for m in nets: m.train()
-    for x,y in loader:
-        loss = pairwise_loss([m(x) for m in nets], y, lam)
-        order = np.argsort(loss.detach().cpu().numpy())
-        kept = torch.as_tensor(order[:int((1-rate)*len(y))])
-        opt.zero_grad()
-        loss[kept].mean().backward()
-        opt.step()
-
-def bare_epoch(nets, opt, loader):
-    for m in nets: m.train()
-    for x,y in loader:
-        x,y = x.as_subclass(torch.Tensor),y.as_subclass(torch.Tensor)
-        sum(F.cross_entropy(m(x), y) for m in nets).backward()
-        opt.step()
-        opt.zero_grad()
-
-class Clock(Callback):
-    "Seconds of the training part of an epoch"
-    order,run_valid = -100,False
-    def before_train(self): self.start = time.perf_counter()
-    def after_train(self): self.seconds = time.perf_counter()-self.start
-
-def seconds(f):
-    start = time.perf_counter()
-    f()
-    return time.perf_counter()-start
-
-def in_turn(fs, rounds):
-    "Times of each of several functions, called in turn and in changing order"
-    runs = {k: [] for k in fs}
-    for i in range(rounds):
-        for k in (list(fs) if i%2 else list(fs)[::-1]): runs[k].append(fs[k]())
-        print('  '.join(f'{k} {v[-1]:.4g} s' for k,v in runs.items()), flush=True)
-    return runs
-
-def ratio(a, b):
-    r = sorted(x/y for x,y in zip(a,b))
-    own,other = (float(f'{statistics.median(o):.4g}') for o in (a,b))
-    return dict(ratio=round(statistics.median(r),3), lowest=round(r[0],3), highest=round(r[-1],3), rounds=len(r),
-                seconds=own, other_seconds=other)
-
-def learner(dls, model, opt_func=fast_adam, cbs=None):
-    learn = Learner(dls, model, opt_func=opt_func, metrics=accuracy, cbs=cbs)
-    learn.remove_cb(ProgressCallback)
-    learn.logger = noop
-    return learn
-
-def fitted(dls, make, k, rate, cbs=None, **kwargs):
-    "A function that trains k peers for an epoch and gives its seconds, after one epoch to warm up"
-    learn,clock = learner(dls, make(), cbs=cbs),Clock()
-    cb = JoCorCallback(k=k, forget_rate=rate, num_gradual=0, **kwargs)
-    def epoch():
-        learn.fit(1, 1e-3, cbs=[cb,clock])
-        return clock.seconds
-    epoch()
-    return epoch
-
-def usual(images, labels, make, k, rate):
-    "The same for the usual coding, with the number of workers that is fastest"
-    nets = [make() for _ in range(k)]
-    opt = torch.optim.Adam([p for m in nets for p in m.parameters()], lr=1e-3)
-    ds = PerItem(images, labels)
-    loaders = {w: torch.utils.data.DataLoader(ds, 128, shuffle=True, drop_last=True, num_workers=w) for w in (0,2)}
-    times = {w: seconds(lambda: usual_epoch(nets, opt, dl, rate)) for w,dl in loaders.items()}
-    best = min(times, key=times.get)
-    print(f'usual coding: {times[0]:.1f} s with 0 workers, {times[2]:.1f} s with 2', flush=True)
-    return lambda: seconds(lambda: usual_epoch(nets, opt, loaders[best], rate)), best
+from speed_ways import ways
+from timing import RESULTS, Clock, bare_epoch, fitted, in_turn, learner, made_up, megabytes, ratio, seconds
+from usual import pairwise_loss, usual
 
 def without_validation(dls):
-    "The validation set cut down to one batch, which is not timed"
+    "The validation set cut down to one batch, which is not timed; images, labels, and which of them are right"
     images,labels = dls.train.store.images.numpy(),dls.train.store.targets.numpy()
     idx = dls.train.pos.numpy()
     valid = np.setdiff1d(np.arange(len(images)), idx)[:128]
     small = InMemoryDataLoaders.from_arrays(images, labels, valid=valid, train=idx, bs=128)
-    return small,images[idx].squeeze(),labels[idx]
+    return small,images[idx].squeeze(),labels[idx],~dls.noise.flipped
 
 def cheaper(f):
     "The same with float32 products in bfloat16 where the processor has it, by a switch of torch's"
@@ -135,8 +48,8 @@ def cheaper(f):
     return run
 
 def mnist(path, rounds, n):
-    dls,images,labels = without_validation(mnist_dls(path, 'symmetric:0.5', bs=128))
-    base,workers = usual(images, labels, jocor_mlp, 2, .5)
+    dls,*data = without_validation(mnist_dls(path, 'symmetric:0.5', bs=128))
+    base,workers = usual(*data, jocor_mlp, 2, .5)
     fs = {}
     for k in (2,3):
         fs[f'k{k}'] = fitted(dls, jocor_mlp, k, .5)
@@ -144,25 +57,21 @@ def mnist(path, rounds, n):
         fs[f'k{k}_bfloat16_products_approx'] = cheaper(fitted(dls, jocor_mlp, k, .5, prune='approx'))
     runs = in_turn(dict(usual_k2=base, **fs), rounds)
     ratios = {f'{name}_against_usual_k2': ratio(runs[name], runs['usual_k2']) for name in fs}
-    return dict(workers=workers, items=len(images), **ratios)
+    return dict(workers=workers, items=len(data[0]), **ratios)
 
 def cifar(path, rounds, n):
-    dls,images,labels = without_validation(cifar10_dls(path, 'symmetric:0.5', bs=128, subset=n, progress=False))
-    base,workers = usual(images, labels, jocor_cnn, 2, .5)
+    dls,*data = without_validation(cifar10_dls(path, 'symmetric:0.5', bs=128, subset=n, progress=False))
+    base,workers = usual(*data, jocor_cnn, 2, .5)
     fs = dict(k2_float32=fitted(dls, jocor_cnn, 2, .5, [ChannelsLast()]),
               k2_float32_exact=fitted(dls, jocor_cnn, 2, .5, [ChannelsLast()], prune='exact'),
               k3_bfloat16=fitted(dls, jocor_cnn, 3, .5, [ChannelsLast(), AutocastBF16()]))
     runs = in_turn(dict(usual_k2=base, **fs), rounds)
     ratios = {f'{name}_against_usual_k2': ratio(runs[name], runs['usual_k2']) for name in fs}
-    return dict(workers=workers, items=len(images), **ratios)
-
-def made_up(n, shape, bs=128):
-    images = np.random.RandomState(0).randint(0, 256, (n+bs,*shape), dtype=np.uint8)
-    return InMemoryDataLoaders.from_arrays(images, np.arange(n+bs)%10, valid=range(n,n+bs), bs=bs)
+    return dict(workers=workers, items=len(data[0]), **ratios)
 
 def one_step(make, shape, k, steps, rounds):
     dls = made_up(128*steps, shape)
-    ours,plain = fitted(dls, make, k, .5),learner(dls, make())
+    ours = fitted(dls, make, k, .5)
     nets = [make() for _ in range(k)]
     opt = torch.optim.Adam([p for m in nets for p in m.parameters()], lr=1e-3, fused=True)
     bare = lambda: seconds(lambda: bare_epoch(nets, opt, dls.train))
@@ -272,60 +181,6 @@ def prune(path, rounds, n):
         out[f'7-layer network in bfloat16, forget rate {r}'] = prune_ratios(jocor_cnn, (32,32,3), r, 2, rounds, half)
     return out
 
-def stacked_step(nets, x, y):
-    "Forward and backward over k networks as one, by `torch.func`"
-    from torch.func import functional_call, stack_module_state
-    ps,bs = stack_module_state(nets)
-    base = copy.deepcopy(nets[0]).to('meta')
-    f = torch.vmap(lambda p,b,x: functional_call(base, (p,b), (x,)), in_dims=(0,0,None), randomness='different')
-    def step():
-        F.cross_entropy(f(ps, bs, x).flatten(0,1), y.repeat(len(nets))).backward()
-        for p in ps.values(): p.grad = None
-    return step
-
-def looped_step(nets, x, y, half=False):
-    def step():
-        with torch.autocast('cpu', dtype=torch.bfloat16, enabled=half): zs = torch.stack([m(x) for m in nets])
-        F.cross_entropy(zs.float().flatten(0,1), y.repeat(len(nets))).backward()
-        for m in nets:
-            for p in m.parameters(): p.grad = None
-    return step
-
-def ways_of(make, x, k, rounds, times):
-    y,nets = torch.randint(0, 10, (len(x),)),[make() for _ in range(k)]
-    last = lambda ms: [copy.deepcopy(m).to(memory_format=torch.channels_last) for m in ms]
-    xl = x.to(memory_format=torch.channels_last)
-    fs = dict(loop=looped_step(nets, x, y), stacked=stacked_step(nets, x, y),
-              channels_last=looped_step(last(nets), xl, y),
-              channels_last_bfloat16=looped_step(last(nets), xl, y, True))
-    try:
-        compiled = looped_step([torch.compile(m) for m in last(nets)], xl, y)
-        first = seconds(compiled)
-        fs['channels_last_compiled'] = compiled
-    except Exception as e: first = f'no compiler: {type(e).__name__}'
-    many = lambda f: lambda: seconds(lambda: [f() for _ in range(times)])/times
-    for f in fs.values(): f()
-    runs = in_turn({name: many(f) for name,f in fs.items()}, rounds)
-    ratios = {f'{name} against loop': ratio(runs[name], runs['loop']) for name in fs if name != 'loop'}
-    return dict(k=k, seconds_to_compile=first, **ratios)
-
-def optimizers(rounds, k=3):
-    nets = [jocor_mlp() for _ in range(k)]
-    ps = [p for m in nets for p in m.parameters()]
-    for p in ps: p.grad = torch.randn_like(p)*1e-3
-    fs = dict(fused=fast_adam(ps, lr=1e-3), foreach=torch.optim.Adam(ps, lr=1e-3, foreach=True),
-              fastai=Adam(ps, lr=1e-3))
-    def many(o): return lambda: seconds(lambda: [o.step() for _ in range(100)])/100
-    for o in fs.values(): o.step()
-    runs = in_turn({name: many(o) for name,o in fs.items()}, rounds)
-    return {f'{name} Adam against fused': ratio(runs[name], runs['fused']) for name in ('foreach','fastai')}
-
-def ways(path, rounds, n):
-    return {'perceptron, batch 128': ways_of(jocor_mlp, torch.rand(128,1,28,28), 3, rounds, 30),
-            '7-layer network, batch 64': ways_of(jocor_cnn, torch.rand(64,3,32,32), 3, rounds, 1),
-            'optimizer, perceptron k=3': optimizers(rounds)}
-
-def megabytes(key): return int(next(l.split()[1] for l in open('/proc/self/status') if l.startswith(key)))/1024
 def peak(which, k=3):
     "Megabytes that four steps add at their peak, in a process of its own"
     dls = made_up(128*4, (32,32,3))
@@ -356,14 +211,17 @@ def main(
     path:str=None, # Folder of the data, for mnist and cifar
     rounds:int=7, # Alternations, at least 7
     n:int=1536, # Images of CIFAR-10
-    threads:int=0 # Processor threads; 0 for torch's default
+    threads:int=0, # Processor threads; 0 for torch's default
+    out:str=None # Folder of the results; `None` for `benchmarks/results`
 ):
-    "Measure one part, print it and write results/speed_PART.json"
+    "Measure one part, print it and write speed_PART.json"
     warnings.simplefilter('ignore')
     torch.set_flush_denormal(True)
     if threads: torch.set_num_threads(threads)
     if part.startswith('peak_'): return print(peak(part[5:]))
-    out = dict(globals()[part](path, rounds, n), machine=machine())
-    print(json.dumps(out, indent=1))
+    text = json.dumps(dict(globals()[part](path, rounds, n), machine=machine()), indent=1)
+    print(text)
     name = f'speed_{part}_threads{threads}' if threads else f'speed_{part}'
-    (RESULTS/f'{name}.json').write_text(json.dumps(out, indent=1)+'\n')
+    folder = RESULTS if out is None else Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder/f'{name}.json').write_text(text+'\n')

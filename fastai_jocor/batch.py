@@ -188,6 +188,7 @@ def check_classes(
     if y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool:
         raise ValueError(f"targets of shape {tuple(y.shape)} and type {y.dtype} must be class "
                          f"indices: one integer per item; {_instead(pred, y)}")
+    if not len(y) or y.min() >= 0 and y.max() < pred.shape[1]: return
     if no_label is not None: y = y[y != no_label]
     if len(y) and (y.min() < 0 or y.max() >= pred.shape[1]):
         raise ValueError(f"targets from {int(y.min())} to {int(y.max())} must lie in [0, "

@@ -103,18 +103,23 @@ def n_terms(
 
 # %% ../nbs/00_losses.ipynb #c7ec4170
 class ClosedKL(torch.autograd.Function):
-    "The contrast `kl` with its gradient in closed form, for log-probabilities (k, N, C)"
+    "`apart` times the contrast `kl` plus `fit` times the cross-entropies, with the gradient in closed form"
     @staticmethod
-    def forward(ctx, lp):
+    def forward(ctx, lp, apart=1., targ=None, fit=0.):
         p,k = lp.exp(),len(lp)
         d = (lp - lp.mean(0)).mul_(p)
-        out = k*d.sum((0,-1))
-        if ctx.needs_input_grad[0]: ctx.save_for_backward(d.add_(p).mul_(k).sub_(p.sum(0)))
+        out = d.sum((0,-1)).mul_(k*apart)
+        at = None if targ is None else targ.long().expand(k,-1)[...,None]
+        if at is not None: out.sub_(lp.gather(-1, at).sum((0,-1)), alpha=fit)
+        if not ctx.needs_input_grad[0]: return out
+        grad = d.add_(p).mul_(k).sub_(p.sum(0)).mul_(apart)
+        if at is not None: grad.scatter_add_(-1, at, grad.new_full((), -fit).expand(at.shape))
+        ctx.save_for_backward(grad)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad): return ctx.saved_tensors[0]*grad[:,None]
+    def backward(ctx, grad): return ctx.saved_tensors[0]*grad[:,None],None,None,None
 
 def _contrast(lp, kind):
     contrast = contrasts[check_contrast(kind)]
@@ -129,6 +134,11 @@ def peer_contrast(
     return _contrast(peer_log_probs(logits), kind)
 
 # %% ../nbs/00_losses.ipynb #b3745ea4
+def _check_targ(targ, lp):
+    if targ.shape == lp.shape[1:2] and not targ.is_floating_point(): return
+    raise ValueError(f"targ of shape {tuple(targ.shape)} and type {targ.dtype} must hold "
+                     f"{lp.shape[1]} class indices: one integer per item")
+
 def peer_losses(
     logits:Tensor, # Logits of the peers, shape (k, N, C), any floating dtype
     targ:Tensor, # Given labels, shape (N,), class indices in [0, C)
@@ -137,9 +147,7 @@ def peer_losses(
 )->Tensor: # Shape (k, N), float32 or wider
     "Measure how badly each peer fits the given labels"
     lp = peer_log_probs(logits) if log_probs is None else log_probs
-    if targ.shape != lp.shape[1:2] or targ.is_floating_point():
-        raise ValueError(f"targ of shape {tuple(targ.shape)} and type {targ.dtype} must hold "
-                         f"{lp.shape[1]} class indices: one integer per item")
+    _check_targ(targ, lp)
     if loss_func is None: return -lp.gather(-1, targ.long().expand(len(lp),-1)[...,None])[...,0]
     losses = [loss_func(z, targ) for z in logits.to(lp.dtype)]
     if losses[0].shape != targ.shape[:1]:
@@ -159,9 +167,12 @@ def joint_loss(
     check_co_lambda(co_lambda)
     lp = peer_log_probs(logits) if log_probs is None else log_probs
     k,terms = len(lp),n_terms(len(lp), contrast)
-    ce = peer_losses(logits, targ, loss_func, lp).sum(0)
-    if not terms or co_lambda == 0: return ce
-    return (1-co_lambda)*ce + co_lambda*k/terms*_contrast(lp, contrast)
+    if not terms or co_lambda == 0: return peer_losses(logits, targ, loss_func, lp).sum(0)
+    fit,apart = 1-co_lambda,co_lambda*k/terms
+    if loss_func is not None or contrast != 'kl':
+        return fit*peer_losses(logits, targ, loss_func, lp).sum(0) + apart*_contrast(lp, contrast)
+    _check_targ(targ, lp)
+    return ClosedKL.apply(lp, apart, targ, fit)
 
 # %% ../nbs/00_losses.ipynb #44e24a3d
 def plain_lambda(

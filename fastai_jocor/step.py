@@ -13,7 +13,7 @@ from operator import attrgetter
 from fastai.basics import *
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from .losses import peer_log_probs
-from .peers import mean_logit
+from .peers import log_of_mean, mean_logit
 from .processes import loaders_talk_over_the_cpu
 from .per_sample import first_output, label_column, plain
 from .batch import check_classes, known_order, Selection
@@ -28,6 +28,9 @@ class Part(Callback):
 
     @property
     def name(self): return f'{self.owner.name}_{super().name}'
+
+    @property
+    def training(self): return self.learn.training # found at once, and not by way of `GetAttr`
 
     def __call__(self, event_name):
         "Spend nothing on events that the part does not define, nor in validation"
@@ -114,7 +117,7 @@ class BatchItems(Part):
     def before_batch(self):
         learn,s = self.learn,self.learn.selection
         if learn.iter == 0: self._take_order(s)
-        s.n,s.recorded = find_bs(learn.yb),False
+        s.n,s.recorded = find_bs([plain(o) for o in learn.yb]),False
         s.bad = s.ignored = s.pruned = None
         s.at = learn.iter*getattr(learn.dl, 'bs', s.n)
 
@@ -134,7 +137,7 @@ class BatchItems(Part):
         vars(self).pop('drawn', None)
 
 # %% ../nbs/05_step.ipynb #e53b014b
-def _not_finite(x, n): return ~plain(x).reshape(n, -1).sum(1).isfinite()
+def _not_finite(x, n): return ~x.reshape(n, -1).sum(1).isfinite()
 
 def _zero_where(bad, x):
     return retain_type(torch.where(bad.view(-1, *[1]*(x.ndim-1)), 0., x), x)
@@ -146,7 +149,8 @@ def without_bad(
     "Logits with zeros in the place of those that are not finite or beyond 1e30"
     seen = logits.detach()
     if s.reads_are_free and s.bad is None:
-        if torch.linalg.vector_norm(seen, torch.inf).item() < 1e30: return logits
+        low,high = (o.item() for o in seen.aminmax()) # both NaN if one number is
+        if -1e30 < low and high < 1e30: return logits
     bad = ~(seen.abs().amax((0,2)) < 1e30)
     s.bad = bad if s.bad is None else s.bad | bad
     return torch.where(s.bad[:,None], 0., logits)
@@ -158,9 +162,9 @@ class NonFinite(Part):
 
     def before_batch(self):
         learn,s = self.learn,self.learn.selection
-        floats = [x for x in learn.xb if self._holds_items(x, s.n)]
+        floats = [x for x in map(plain, learn.xb) if self._holds_items(x, s.n)]
         if not floats: return
-        if s.reads_are_free and all(math.isfinite(plain(x).sum().item()) for x in floats): return
+        if s.reads_are_free and all(math.isfinite(x.sum().item()) for x in floats): return
         s.bad = torch.stack([_not_finite(x, s.n) for x in floats]).any(0)
         learn.xb = tuple(_zero_where(s.bad, x) if self._holds_items(x, s.n) else x for x in learn.xb)
 
@@ -169,9 +173,9 @@ class NonFinite(Part):
 
     def before_step(self):
         s = self.learn.selection
-        if not s.reads_are_free or self.owner.accumulates or self._scales(): return
+        if not s.reads_are_free or self.owner.accumulates: return
         finite = math.isfinite(self.learn.loss_grad.item())
-        if s.world == 1 and s.bad is None and finite: return
+        if s.world == 1 and s.bad is None and finite or self._scales(): return
         any_good = torch.ones(1, dtype=torch.long) if s.bad is None else (~s.bad).any().long()
         any_bad = torch.tensor(int(not finite or s.bad is not None and s.bad.any()))
         if s.world > 1:
@@ -232,7 +236,7 @@ class SmallLoss(Part):
     def _mean(self, s):
         "The peers' mean probability as `Peers.mean` gives it, from the log-probabilities at hand"
         if s.multi_label: return mean_logit(s.logits)
-        return s.log_probs.detach().logsumexp(0) - math.log(len(s.logits))
+        return log_of_mean(s.log_probs.detach())
 
     def after_loss(self):
         learn,s = self.learn,self.learn.selection

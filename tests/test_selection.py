@@ -22,6 +22,7 @@ def test_select_small(l, r):
 def test_equals_a_sort_where_all_losses_are_finite(n, r, seed):
     t = torch.tensor(np.random.RandomState(seed).permutation(n), dtype=torch.float32)
     assert t[select_small(t, r)].tolist() == list(range(keep_count(n, r)))
+    assert select_small(t, r, finite=True).tolist() == select_small(t, r).tolist()
 
 def test_floor_as_in_the_official_code():
     assert [keep_count(10,.8), keep_count(37,.8), keep_count(128,.5), keep_count(3,.9)] == [1,7,64,1]
