@@ -18,9 +18,10 @@ without selection or contrast. Each row of results/seeds.csv is a method and a s
     main       plain networks; one, two and three peers with all pairs and three in a circle, each with its own λ
     default    one, two and three peers by the default rule, which is told nothing
     strength   three peers at the λ of two, and at the same weight of the plain sum
-    five       five peers, all pairs and a circle
-    co         Co-teaching and Co-teaching+
     ce         contrasts by cross-entropy
+    co         Co-teaching and Co-teaching+
+    five       five peers, all pairs
+    ring       five peers in a circle
     all        the methods of `main` and five peers on 50,000 items
 
 By the published rule, up to twelve runs of a method are trained as one stack (seeds_stack.py). Rows that are there are
@@ -127,12 +128,12 @@ def jobs(part, data, noise, path):
         yield Job(data, noise, *three), [lam, plain_lambda(lam, 3)]
         yield Job(data, noise, *circle), [lam]
     if part in ('five','all'): yield own(five)
-    if part == 'five': yield own(circle5)
+    if part == 'ring': yield own(circle5)
     if part == 'co':
         for name in ('co_teaching','co_teaching_plus'): yield from untold(name, 2)
     if part == 'ce': yield from map(own, ce)
 
-parts = ['main','default','strength','five','co','ce','all']
+parts = ['main','default','strength','ce','co','five','ring','all']
 
 @call_parse
 def main(

@@ -118,9 +118,9 @@ def test_a_run_is_told_the_share_of_wrong_labels(seeds, folder):
 
 def test_lambda_is_tuned_on_seeds_that_are_not_scored(seeds):
     rows = [dict(data='d', noise='n', method='jocor', k=k, contrast='kl', co_lambda=lam, seed=seed, ensemble=acc)
-            for k,lam,seed,acc in ((2,.33333,100,.5), (2,.33333,101,.9), (2,.5,100,.6), (2,.5,101,.7),
+            for k,lam,seed,acc in ((2,.66667,100,.5), (2,.66667,101,.9), (2,.5,100,.6), (2,.5,101,.7),
                                    (2,.8,0,.99), (2,.8,100,.1), (3,.8,100,.99))]
-    assert seeds.best_lambda(pd.DataFrame(rows), seeds.Job('d', 'n', 'jocor', 2, 'kl')) == 1/3
+    assert seeds.best_lambda(pd.DataFrame(rows), seeds.Job('d', 'n', 'jocor', 2, 'kl')) == 2/3
     assert seeds.best_lambda(pd.DataFrame(rows), seeds.Job('d', 'n', 'jocor', 3, 'kl')) == .8
 
 # --- statistics
