@@ -14,6 +14,7 @@ from fastai.vision.data import get_grid
 from .losses import check_number
 from .ledger import Ledger, confident_joint, seen_items, transition_of
 from .noise import NoiseRecord, plot_noise
+from .certainty import Certainty, summary_of
 from .trainer import PeersCallback
 
 # %% ../nbs/14_audit.ipynb #a0d10006
@@ -68,7 +69,9 @@ def _evidence(r):
 def rank_suspects(
     ledger:pd.DataFrame, # `cb.ledger`, or one of `load_ledger`
     n:int|None=None, # At most so many; `None` for all
-    score:Score='recent' # By what, from the ledger
+    score:Score='recent', # By what, from the ledger
+    p_wrong:np.ndarray|None=None, # Probability that each label is wrong, shape of the ledger; `None` where it is not known
+    least:float=.5 # Least such probability, in [0, 1]
 )->pd.DataFrame: # By position in the training set, the most suspect first, with `score` and `evidence`
     "Rank the items whose label looks wrong"
     if score not in suspect_scores:
@@ -79,21 +82,73 @@ def rank_suspects(
     if len(ledger) and not len(f):
         raise ValueError("ledger holds no item with one given label that was seen: "
                          "several labels an item cannot be ranked")
-    f = f[is_suspect(f)].assign(score=suspect_scores[score])
+    if p_wrong is None: listed = is_suspect(f)
+    else:
+        f = f.assign(p_wrong=pd.Series(p_wrong, ledger.index))
+        listed = (f.predicted_label != f.given_label) & (f.p_wrong >= least)
+    f = f[listed].assign(score=suspect_scores[score])
     f = f.sort_values('score', ascending=False, kind='stable')[:n]
     f['evidence'] = [_evidence(r) for r in f.itertuples()]
-    known = [o for o in ('true_label', 'flipped') if o in f]
-    return f[['item', 'given_label', 'predicted_label', 'score', 'evidence', *known]]
+    columns = 'item', 'given_label', 'predicted_label', 'p_wrong', 'score', 'evidence', 'true_label', 'flipped'
+    return f[[o for o in columns if o in f]]
 
+# %% ../nbs/14_audit.ipynb #d0ub7002
+@patch(as_prop=True)
+def certainty(self:PeersCallback)->Certainty: # `None` where no label was hidden from a peer
+    "How probable it is that each label is wrong"
+    if None in (self.evidence, self.items, self.estimate) or not (self.evidence.hidden >= 0).any(): return None
+    of,known = (self.evidence, self.items, self.done),getattr(self, '_certainty', None)
+    if known is None or any(a is not b for a,b in zip(of, known[0])):
+        known = self._certainty = of,Certainty(self.evidence, self.items, self.estimate)
+    return known[1]
+
+@patch(as_prop=True)
+def p_wrong(self:PeersCallback)->np.ndarray: # Shape (n,), NaN for items that were not seen; `None` where not known
+    "Probability that each label is wrong"
+    return None if self.certainty is None else self.certainty.p_wrong
+
+def _list_of(cb, n, score, least):
+    "The suspects without a warning"
+    c = cb.certainty
+    if c is None and least is not None:
+        raise ValueError(f"least={least!r} needs probabilities, and no label was hidden from a peer: they come with "
+                         "rule='evidence', one class an item")
+    least = ifnone(least, .5)
+    check_number('least', least, lambda v: 0 <= v <= 1, 'lie in [0, 1]: the least probability that a label is wrong')
+    return rank_suspects(cb.ledger, n, score, cb.p_wrong if c is not None and c.learned else None, least)
+
+def _warn_if_unsure(cb):
+    if cb.certainty is not None and not cb.certainty.trusted: warnings.warn(str(cb.certainty))
+
+# %% ../nbs/14_audit.ipynb #d0ub7003
 @patch
 def suspects(self:PeersCallback,
     n:int|None=None, # At most so many; `None` for all
-    score:Score='recent' # By what, from the ledger
+    score:str='recent', # `recent`, `last`, `loss`, `prob`, `margin`, `votes` or `rejected`
+    least:float|None=None, # Least probability that the label is wrong, in [0, 1]; `None`: 0.5, where it is known
+    anyway:bool=False # List what stands out even if nothing was learned
 )->pd.DataFrame: # By position in the training set, the most suspect first
     "Rank the items whose labels look wrong (`rank_suspects`)"
-    f = rank_suspects(self.ledger, n, score)
-    if f.empty and n != 0: warnings.warn("no label stands out: the peers vote against none with confidence")
+    f,c = _list_of(self, n, score, least),self.certainty
+    _warn_if_unsure(self)
+    if c is None or c.trusted: _warn_if_empty(f, n)
+    if c is None: return f
+    if not c.learned: f = (f if anyway else f[:0]).assign(p_wrong=np.nan)
+    f.attrs['summary'] = summary_of(c.expected, c.learned, c.trusted)
     return f
+
+def _warn_if_empty(f, n):
+    if f.empty and n != 0: warnings.warn("no label stands out: the peers vote against none with confidence")
+
+@patch
+def expected_wrong(self:PeersCallback)->dict: # `expected`, `low` and `high` of `n`; `listed`, and wrong ones `in_list`
+    "How many labels are expected to be wrong, in the training set and in the list of suspects"
+    c = self.certainty
+    if c is None:
+        raise ValueError("the callback knows no probabilities: train with it first, by rule='evidence', on items of "
+                         "one class each")
+    f = _list_of(self, None, 'recent', None) if c.learned else self.ledger[:0].assign(p_wrong=0.)
+    return c.expected | dict(listed=len(f), in_list=float(f.p_wrong.sum()))
 
 # %% ../nbs/14_audit.ipynb #a0d10019
 def _picture(ds, i):
@@ -128,6 +183,7 @@ def plot_suspects(self:PeersCallback,
     ncols:int|None=None # Pictures in a row; `None`: about as many as rows
 )->list|None: # Axes; `None` where there is no suspect
     "Show suspects with their given and predicted labels, in green where the prediction is known to be right"
+    if suspects is not None: _warn_if_unsure(self)
     s = (self.suspects() if suspects is None else suspects).head(n)
     if self.source.ds is None:
         raise ValueError("the callback has lost sight of the training set, as after it was unpickled: "

@@ -56,7 +56,8 @@ def keep_count(
 def select_small(
     loss:Tensor, # Loss per item, shape (N,), on any device
     R:float=0., # Share to drop, in [0, 1)
-    n:int|None=None # Items to keep; `None` for `keep_count(N, R)`
+    n:int|None=None, # Items to keep; `None` for `keep_count(N, R)`
+    finite:bool=False # Whether all losses are known to be finite, so that nothing has to be guarded
 )->Tensor: # Indices of the kept items in order of rising loss, shape (n,)
     "Find the items with the smallest loss, never one with a NaN or an infinite loss, without a host synchronisation"
     check_forget_rate(R, 'R')
@@ -64,6 +65,7 @@ def select_small(
         raise ValueError(f"loss of shape {tuple(loss.shape)} must have one dimension with at least "
                          "one item: one loss per item")
     n,inf = keep_count(len(loss), R) if n is None else n,torch.inf
+    if finite: return loss.detach().topk(n, largest=False).indices
     small,idx = loss.detach().nan_to_num(inf, inf, inf).topk(n, largest=False)
     return idx[torch.arange(n, device=loss.device) % (small < inf).sum().clamp(1, n)]
 

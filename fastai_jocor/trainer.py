@@ -6,7 +6,7 @@
 __all__ = ['check_tau', 'refuse_unknown', 'PeersCallback']
 
 # %% ../nbs/07d_trainer.ipynb #cd4b3425
-import inspect, torch, warnings
+import inspect, math, torch, warnings
 from typing import Literal
 from fastai.basics import *
 from collections.abc import Callable
@@ -188,7 +188,8 @@ def keep_small(self:PeersCallback,
     if s.across:
         times,n = select_small_global(by, n=self.keep_count(s.world*len(by), R))
         return self.mean_kept(losses, times, n), times, losses
-    kept = select_small(by, n=self.keep_count(len(by), R))
+    finite = s.reads_are_free and math.isfinite(by.sum().item())
+    kept = select_small(by, n=self.keep_count(len(by), R), finite=finite)
     few = losses.index_select(0, kept)
     if s.weight is None: return few.mean(), kept, losses
     return few.sum()/s.weight[s.targ[kept]].sum(), kept, losses

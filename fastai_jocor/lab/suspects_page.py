@@ -120,11 +120,11 @@ def review_page(
     bad:list|tuple=(), # Files that could not be read
     note:str='', # A sentence to show above the suspects
     pictures:list|None=None, # Data URLs of pictures; `None` makes them from the files
-    summary:dict|None=None, # What the page says of the audit, under the names in `_of_summary`; all are optional
+    summary:dict|None=None, # What the page says of the audit, under the names in `_of_summary`; besides `suspects.attrs`
     labels:pd.DataFrame|None=None # `file`, `label` and perhaps `p_wrong` of all items, for class sizes and examples
 ):
     "Write the page on which suspects are looked at and decided"
-    summary,n = summary or {},len(suspects)
+    summary,n = suspects.attrs.get('summary', {}) | (summary or {}),len(suspects)
     if pictures is not None and len(pictures) != n:
         raise ValueError(f'pictures has {len(pictures)} entries for {n} suspects: give one for each, or None')
     rows = _rows(suspects, [''] * n if pictures is None else pictures)
