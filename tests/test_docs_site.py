@@ -177,7 +177,8 @@ def test_workflows():
 def test_citation():
     cff,s = yaml.safe_load((ROOT/'CITATION.cff').read_text(encoding='utf-8')),sync_settings.read_settings()
     assert {'cff-version','message','title','authors','version','license','references'} <= set(cff)
-    for ours,theirs in dict(version='version', license='license', title='lib_name').items(): assert cff[ours] == s[theirs]
+    alike = dict(version='version', license='license', title='lib_name')
+    for ours,theirs in alike.items(): assert cff[ours] == s[theirs]
     refs = {r['authors'][0]['family-names']: r for r in cff['references']}
     assert all({'type','title','authors','year'} <= set(r) for r in cff['references'])
     assert refs['Wei']['url'].endswith('2003.02752') and refs['Han']['url'].endswith('1804.06872')
