@@ -142,7 +142,8 @@ def test_account_in_the_metadata(tmp_path):
     assert 'with your name on Kaggle' in dev().stderr
     assert "'a b' must be a name on Kaggle" in dev('a b').stderr
     p = dev('some-name')
-    assert p.returncode == 0 and p.stdout.count('kaggle kernels push -p kaggle/') == len(SLUGS)
+    assert p.returncode == 0
+    assert re.findall(r'(?m)^kaggle kernels push -p (.*)$', p.stdout) == [f'kaggle/{slug}' for slug in SLUGS]
     meta = json.loads((tmp_path/'kaggle'/SLUGS[0]/'kernel-metadata.json').read_text())
     assert meta['id'] == f'some-name/{SLUGS[0]}' and 'some-name/fastai-jocor-wheels' in meta['dataset_sources']
     assert dev().returncode == 0
