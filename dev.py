@@ -81,12 +81,17 @@ def prepare(args):
     call(PYTHON, '-m', 'pytest', '-q', ROOT/'tests'/'test_style.py')
     if changed and '--check' in args: sys.exit('look at what was written, add it, and commit again')
 
+def settings(key):
+    "A list of settings.ini"
+    return re.search(rf'(?m)^{key} = (.*)$', (ROOT/'settings.ini').read_text(encoding='utf-8'))[1].split()
+
 def wheels(args):
     out = ROOT/'dist'/'wheels'
     shutil.rmtree(out, ignore_errors=True)
-    call(PYTHON, '-m', 'build', '--no-isolation', '--wheel', '--outdir', out)
-    needed = re.search(r'(?m)^wheels = (.*)$', (ROOT/'settings.ini').read_text(encoding='utf-8'))[1].split()
-    call(PYTHON, '-m', 'pip', 'download', '-q', '--no-deps', '--only-binary=:all:', '-d', out, *needed)
+    call(PYTHON, '-m', 'build', '--no-isolation', '--wheel', '--outdir', out, stdout=subprocess.DEVNULL)
+    platform = '--platform=manylinux_2_28_x86_64','--platform=manylinux2014_x86_64','--only-binary=:all:','--no-deps'
+    for python in settings('pythons'): # one of the wheels is compiled
+        call(PYTHON, '-m', 'pip', 'download', '-q', *platform, '--python-version', python, '-d', out, *settings('wheels'))
     about = dict(title='fastai_jocor wheels', id=f'{owner()}/fastai-jocor-wheels', licenses=[dict(name='other')])
     (out/'dataset-metadata.json').write_text(json.dumps(about, indent=2))
     for p in sorted(out.glob('*.whl')): print(p.relative_to(ROOT).as_posix())

@@ -224,7 +224,8 @@ def test_workflows():
 def test_citation():
     cff,s = yaml.safe_load((ROOT/'CITATION.cff').read_text(encoding='utf-8')),sync_settings.read_settings()
     assert {'cff-version','message','title','authors','version','license','references'} <= set(cff)
-    for ours,theirs in dict(version='version', license='license', title='lib_name').items(): assert cff[ours] == s[theirs]
+    alike = dict(version='version', license='license', title='lib_name')
+    for ours,theirs in alike.items(): assert cff[ours] == s[theirs]
     refs = {r['authors'][0]['family-names']: r for r in cff['references']}
     assert all({'type','title','authors','year'} <= set(r) for r in cff['references'])
     assert refs['Wei']['url'].endswith('2003.02752') and refs['Han']['url'].endswith('1804.06872')
@@ -234,8 +235,7 @@ def said(*args):
     "What dev.py prints"
     return subprocess.run([sys.executable, ROOT/'dev.py', *args], capture_output=True, text=True, check=True).stdout
 
-def test_help_lists_every_verb_and_kaggle_prints_its_commands():
-    verbs = re.search(r'verbs = dict\((.*)\)', (ROOT/'dev.py').read_text(encoding='utf-8'))[1]
-    for verb in re.findall(r'(\w+)=', verbs): assert re.search(rf'(?m)^  {verb} ', said('help')), verb
-    folders = [p.parent.relative_to(ROOT).as_posix() for p in sorted((ROOT/'kaggle').glob('*/kernel-metadata.json'))]
-    assert re.findall(r'(?m)^kaggle kernels push -p (.*)$', said('kaggle')) == folders
+def test_help_lists_every_verb():
+    verbs = re.search(r'verbs = .* for f in \((.*)\)', (ROOT/'dev.py').read_text(encoding='utf-8'))[1].split(', ')
+    assert {'demo','test','prepare','release'} <= set(verbs)
+    for verb in verbs: assert re.search(rf'(?m)^  {verb} ', said('help')), verb

@@ -112,7 +112,7 @@ def test_bench_knows_grids_by_name(tmp_path, capsys):
     for name in names: assert f'jocor_bench {name} ' in grids()[name].read_text(encoding='utf-8')
     jocor_bench('digits', out=str(tmp_path/'r'), method='standard', seed='0', noise='none', dry_run=True)
     assert [o.split()[0] for o in capsys.readouterr().out.splitlines()] == ['open']
-    with pytest.raises(SystemExit, match="there is no file 'digitz', and the grid 'digitz' is unknown: did you mean 'd"):
+    with pytest.raises(SystemExit, match="no file 'digitz', and the grid 'digitz' is unknown: did you mean 'digits'"):
         jocor_bench('digitz')
     with pytest.raises(SystemExit, match="did you mean 'digits'"): jocor_bench('benchmarks/digits.yaml')
 

@@ -242,6 +242,10 @@ def test_the_clear_best_is_bold(ranked):
     bold = [l for l in rows if '**' in l]
     assert len(bold) == 3 and all(l.startswith('| jocor k=3 kl') and l.count('**') == 6 for l in bold)
     assert (ranked/'report'/'report.html').read_text().count('<b>') == 9
+    once = (df.label == 'jocor k=2') & (df.seed > 0)
+    assert clear_best(df[~once]) == best           # one seed has no interval, and only has to be below
+    lucky = df.assign(peer_accuracy=df.peer_accuracy + .3*(df.label == 'jocor k=2'))[~once]
+    assert clear_best(lucky) == {}
     close = df.label == 'jocor k=3'
     df.loc[close,'peer_accuracy'] = df.peer_accuracy[close] + .1 + .05*(df.seed[close]-1)
     assert clear_best(df) == {}
@@ -253,6 +257,7 @@ def test_a_report_compares_each_two_methods_once(ranked):
     assert len({(r.noise, frozenset([r.method, r.minus])) for r in d.itertuples()}) == len(d)
     tables = [o for k,o in report_blocks(read_results(ranked)) if k == 'table' and 'difference' in o]
     assert [len(o) for o in tables] == [9,6] and not any('minus' in o for o in tables)
+    assert all(list(o)[:4] == ['noise','method','difference','95% interval'] for o in tables)
 
 def test_a_report_leaves_out_what_is_empty(ranked):
     df = read_results(ranked)

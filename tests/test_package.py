@@ -59,7 +59,8 @@ def test_metadata(wheel):
     assert meta['Description-Content-Type'] == 'text/markdown'
     required = [r for r in meta.get_all('Requires-Dist') if 'extra ==' not in r]
     assert len(required) == len(s['requirements'].split()) and any(r.startswith('torch>=') for r in required)
-    assert ('Project-URL' in meta) == s.getboolean('published')
+    urls = [o.partition(',')[0] for o in meta.get_all('Project-URL')]
+    assert urls == ['Repository'] + ['Documentation']*s.getboolean('published')
     for o in s['pythons'].split(): assert f'Programming Language :: Python :: {o}' in meta.get_all('Classifier')
     for o in s['console_scripts'].split(): assert o.replace('=', ' = ') in points, o
 

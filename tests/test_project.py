@@ -62,7 +62,7 @@ def test_addresses_come_from_the_settings(tmp_path):
     text = re.sub(r'(?m)^doc_url = .*', 'doc_url = https://some.org/docs/', text)
     ini.write_text(re.sub(r'(?m)^published = .*', 'published = no', text))
     sync_settings.main(root=tmp_path)
-    assert 'project.urls' not in (tmp_path/'pyproject.toml').read_text() and cell.read_text() == "ADDRESS = ''"
+    assert 'https://some.org' not in (tmp_path/'pyproject.toml').read_text() and cell.read_text() == "ADDRESS = ''"
     assert 'repository-code' not in (tmp_path/'CITATION.cff').read_text()
     ini.write_text(re.sub(r'(?m)^published = .*', 'published = yes', text))
     assert sync_settings.main(check=True, root=tmp_path) == 1

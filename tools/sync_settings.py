@@ -53,7 +53,10 @@ classifiers = {toml_list(classifiers(s))}
 dependencies = {toml_list(s['requirements'].split())}
 
 [project.optional-dependencies]
-''' + ''.join(f'{k} = {toml_list(v)}\n' for k,v in extras.items()) + f'''{urls(s)}
+''' + ''.join(f'{k} = {toml_list(v)}\n' for k,v in extras.items()) + f'''
+[project.urls]
+Repository = "{s['git_url']}"
+{documentation(s)}
 [project.scripts]
 ''' + ''.join(f'{k.strip()} = "{v.strip()}"\n' for k,v in scripts) + f'''
 [project.entry-points.nbdev]
@@ -76,14 +79,9 @@ testpaths = ["tests"]
 addopts = "-p no:randomly"
 '''
 
-def urls(s):
-    "Where the project is, once it is there"
-    if not s.getboolean('published'): return ''
-    return f"""
-[project.urls]
-Repository = "{s['git_url']}"
-Documentation = "{s['doc_url']}"
-"""
+def documentation(s):
+    "The address that nbdev writes into each module, once something is there; it needs that of the repository always"
+    return f'Documentation = "{s["doc_url"]}"\n' if s.getboolean('published') else ''
 
 def with_version(code, version):
     "The text `code` of an `__init__.py` with `__version__` set to `version`."

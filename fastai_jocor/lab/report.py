@@ -49,7 +49,8 @@ def _score(rs, score, last):
         yield 'p',f"Rows marked as published are not ours: {p['source']}, {p['protocol']}."
         if not _like(rs, p): yield 'p','Our runs follow another protocol: the figures are not like for like.'
     best = clear_best(rs, score)
-    if best: yield 'p','In bold: the best of a column, if it is above each other method by the paired 95% intervals.'
+    if best: yield 'p',('In bold: the best of a column, if it is above each other method, '
+                         'and the paired 95% intervals leave out 0; a single seed has no interval.')
     table = score_table(rs, score, with_published=True)
     table = _filled(table[(table != '–').any(axis=1)]).reset_index()
     at = {label: i for i,label in enumerate(table['method'])}
@@ -65,7 +66,9 @@ def _differences(rs, reference):
         yield 'h3',f'Differences to {ref}'
         yield 'p',("Single peers, last epochs, percentage points: the mean difference within a seed, over the seeds "
                    "that both have, with Student's 95% interval, not corrected for the number of comparisons.")
-        yield 'table',_filled(difference_table(d)).drop(columns='minus')
+        table = _filled(difference_table(d)).drop(columns='minus')
+        first = ['noise','method','difference','95% interval']
+        yield 'table',table[[*(o for o in first if o in table), *(o for o in table if o not in first)]]
 
 # %% ../../nbs/lab/04c_report.ipynb #8e900204
 def report_blocks(

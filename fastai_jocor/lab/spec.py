@@ -98,7 +98,8 @@ def grid_file(
     known = grids()
     if Path(grid).is_file(): return Path(grid)
     if str(grid) in known: return known[str(grid)]
-    raise ValueError(nearest(f'there is no file {str(grid)!r}, and the grid {Path(grid).stem!r}', Path(grid).stem, known))
+    name = Path(grid).stem
+    raise ValueError(nearest(f'there is no file {str(grid)!r}, and the grid {name!r}', name, known))
 
 def about(
     file:Path # A grid

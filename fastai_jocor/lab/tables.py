@@ -237,13 +237,15 @@ def clear_best(
     df:pd.DataFrame, # Of `read_results`, one protocol
     score:str='peer_accuracy' # A column of `df`
 )->dict: # From a noise to the label of its best method; a noise without a clear best is left out
-    "Find the methods that are above each other one, by the 95% intervals of the paired differences"
+    "Find the methods above each other one, by the 95% intervals of the paired differences where seeds allow one"
     best = {}
     for noise,rs in df.groupby('noise', sort=False):
         means = rs.groupby('label')[score].mean().dropna()
         if len(means) < 2: continue
         d = paired_differences(rs, means.idxmax(), score)
-        if len(d) == len(means)-1 and (d.high < 0).all(): best[noise] = means.idxmax()
+        told = d[d.high.notna()] # one seed has no interval
+        ahead = len(d) == len(means)-1 and (d.difference < 0).all()
+        if ahead and len(told) and (told.high < 0).all(): best[noise] = means.idxmax()
     return best
 
 def each_difference(
