@@ -45,8 +45,9 @@ def tuned(learn, heads, state, way, seed):
     whole = on_body(learn, heads)
     cb = JoCorCallback(k=3, hidden=1/3, seed=seed, rule='evidence')
     if way.callback == 'heads': cb = state
+    cbs = [cb, NoValidation(), ChannelsLast(), AutocastBF16()]
     with whole.no_bar(), whole.no_logging():
-        whole.fit_one_cycle(way.epochs, slice(way.body_lr, way.head_lr), cbs=[cb, NoValidation(), ChannelsLast(), AutocastBF16()])
+        whole.fit_one_cycle(way.epochs, slice(way.body_lr, way.head_lr), cbs=cbs)
     return whole
 
 def rows(): return pd.read_csv(FILE) if FILE.exists() else pd.DataFrame(columns=KEY)

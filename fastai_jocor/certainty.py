@@ -1,4 +1,4 @@
-"""How probable is it that a label of an ordinary fit is wrong? Probabilities of the hidden labels, carried over to all
+"""How probable is it that a label of an ordinary fit is wrong? From hidden labels to all labels
 
 Docs: https://fastai-jocor.github.io/fastai_jocor/certainty.html.md"""
 
@@ -20,7 +20,7 @@ from .posterior import LabelPosterior, shifted
 def carried(
     score:np.ndarray, # The larger the more a label looks wrong, shape (n,); NaN where it is not known
     hidden:np.ndarray, # Which items were hidden from a peer, shape (n,), bool
-    at:np.ndarray, # Positions of hidden items whose probability is known, shape (m,), at least one, with a score
+    at:np.ndarray, # Positions of hidden items whose probability is known, shape (m,), at least one
     p:np.ndarray # These probabilities, shape (m,), in [0, 1]
 )->np.ndarray: # Shape (n,), in [0, 1]; NaN where there is no score
     "Carry probabilities over to all items, by the ranks of their scores"
@@ -40,10 +40,10 @@ def in_words(
     trusted:bool # Whether the networks know enough
 )->str: # One line
     "How many labels are wrong, and what that is worth"
-    if not learned: return ('the networks agree with the labels no more often than a constant answer would, '
-                            'so nothing can be said of these labels')
-    e = expected
-    text = f"about {e['expected']:.0f} of {e['n']} labels are wrong, between {e['low']:.0f} and {e['high']:.0f}"
+    if not learned: return ('the networks agree with the labels no more often than a constant answer '
+                            'would, so nothing can be said of these labels')
+    about,low,high = (f'{expected[o]:.0f}' for o in ('expected','low','high'))
+    text = f"about {about} of {expected['n']} labels are wrong, between {low} and {high}"
     return text if trusted else f'{text}; the networks do not know enough to be sure'
 
 def summary_of(
@@ -52,12 +52,14 @@ def summary_of(
     trusted:bool # Whether the networks know enough
 )->dict: # As `review_page` takes it
     "What the page of suspects says of all labels"
-    if not learned: return dict(n_items=expected['n'], trusted=False, warning=in_words(expected, learned, trusted))
-    return dict(n_items=expected['n'], expected_wrong=expected['expected'], low=expected['low'],
-                high=expected['high'], trusted=trusted)
+    n = expected['n']
+    if not learned: return dict(n_items=n, trusted=False, warning=in_words(expected, learned, trusted))
+    return dict(n_items=n, expected_wrong=expected['expected'], low=expected['low'], high=expected['high'],
+                trusted=trusted)
 
 class Certainty:
     "How probable it is that each label of a fit is wrong, and how many are"
+    least = 100 # Hidden labels; fewer say too little
     def __init__(self,
         evidence:Evidence, # Of the fit, in which items are hidden from peers
         ledger:Ledger, # Of the fit
@@ -69,7 +71,8 @@ class Certainty:
         at,log_p = evidence.untold.known()
         scored = ~np.isnan(score[at])
         at,log_p = at[scored],log_p[scored]
-        self.estimate,self.alike,self.n = estimate,evidence.latest['alike'],int((~np.isnan(score)).sum())
+        self.estimate,self.alike = estimate,evidence.latest['alike']
+        self.n = int((~np.isnan(score)).sum())
         self.learned = beats_constant(log_p.argmax(-1) == given[at], given[at])
         self.p_wrong = np.full(len(score), np.nan)
         if self.learned: self._judge(at, log_p, given[at], score, evidence.hidden.cpu().numpy() >= 0)
@@ -89,7 +92,7 @@ class Certainty:
     @property
     def expected(self): # `expected` is NaN where nothing was learned
         "How many labels are wrong: `expected`, `low` and `high`; of `n`"
-        total = np.nansum(self.p_wrong) if self.learned else np.nan
-        return dict(expected=float(total), low=self.estimate.low*self.n, high=self.estimate.high*self.n, n=self.n)
+        total,e = np.nansum(self.p_wrong) if self.learned else np.nan,self.estimate
+        return dict(expected=float(total), low=e.low*self.n, high=e.high*self.n, n=self.n)
 
     def __str__(self): return in_words(self.expected, self.learned, self.trusted)

@@ -1,4 +1,4 @@
-"Near duplicates of real photographs: pieces of scikit-learn's two, some of them saved again, cut, or a little brighter."
+"Near duplicates of real photographs: pieces of scikit-learn's two, saved again, cut, or a little brighter."
 import pandas as pd, pytest
 from fastai.vision.all import PILImage, resnet18, set_seed, vision_learner
 from inspect import signature
