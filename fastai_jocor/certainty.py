@@ -57,6 +57,7 @@ def summary_of(
     return dict(n_items=n, expected_wrong=expected['expected'], low=expected['low'], high=expected['high'],
                 trusted=trusted)
 
+# %% ../nbs/13e_certainty.ipynb #d0ub1301
 class Certainty:
     "How probable it is that each label of a fit is wrong, and how many are"
     least = 100 # Hidden labels; fewer say too little
