@@ -4,10 +4,11 @@
     python benchmarks/fine_tune.py --only-table
 
 FOLDER holds `clothing/{train,test}/<class>`; timm fetches the weights of `tf_efficientnet_lite0` if no file is named.
-Three heads are trained on what the frozen body sees, each without a third of the labels, and go back on the body. Each
-other row of results/fine_tune.csv goes on from there, with the body trained too, for `epochs` epochs at one cycle's
-largest rates `body_lr` and `head_lr`. `callback` is the heads' own, which goes on with what it knows of the labels, or
-a new one. Accuracies are on the test set, of the mean of the three and of each alone. The body is trained in bfloat16.
+A thousand photographs are trained on, unless `--n` says otherwise. Three heads are trained on what the frozen body
+sees, each without a third of the labels, and go back on the body. Each other row of results/fine_tune.csv goes on from
+there, with the body trained too, for `epochs` epochs at one cycle's largest rates `body_lr` and `head_lr`. `callback`
+is the heads' own, which goes on with what it knows of the labels, or a new one. Accuracies are on the test set, of the
+mean of the three and of each alone. The body is trained in bfloat16.
 """
 import os, time, warnings, numpy as np, pandas as pd, torch
 from collections import namedtuple
@@ -20,11 +21,12 @@ from fastai_jocor.judge import fit_heads, NoValidation, peer_log_probs
 from fastai_jocor.features import given_labels as labels_of
 from fastai_jocor.peers import copied
 import everyday_data
-from everyday_data import clothing_photos, given_labels, photo_learner
+from everyday_data import _some, clothing_photos, given_labels, photo_learner
 
 FILE = Path(__file__).resolve().parent/'results'/'fine_tune.csv'
 Way = namedtuple('Way', 'epochs body_lr head_lr callback', defaults=['heads'])
 ways = [Way(0, 0., 0.), Way(1, 1e-5, 1e-4), Way(1, 1e-5, 1e-3, 'new'), Way(1, 1e-4, 1e-4)]
+KEY = [*Way._fields,'seed','items']
 
 def accuracies(learn):
     "Of the mean of the peers, and the mean of the peers' own"
@@ -43,11 +45,12 @@ def tuned(learn, heads, state, way, seed):
     whole = on_body(learn, heads)
     cb = JoCorCallback(k=3, hidden=1/3, seed=seed, rule='evidence')
     if way.callback == 'heads': cb = state
+    cbs = [cb, NoValidation(), ChannelsLast(), AutocastBF16()]
     with whole.no_bar(), whole.no_logging():
-        whole.fit_one_cycle(way.epochs, slice(way.body_lr, way.head_lr), cbs=[cb, NoValidation(), ChannelsLast(), AutocastBF16()])
+        whole.fit_one_cycle(way.epochs, slice(way.body_lr, way.head_lr), cbs=cbs)
     return whole
 
-def rows(): return pd.read_csv(FILE) if FILE.exists() else pd.DataFrame(columns=[*Way._fields,'seed'])
+def rows(): return pd.read_csv(FILE) if FILE.exists() else pd.DataFrame(columns=KEY)
 
 def add(row):
     print({k: round(v, 4) if isinstance(v, float) else v for k,v in row.items()}, flush=True)
@@ -57,7 +60,8 @@ def add(row):
 def main(
     path:str=os.environ.get('FASTAI_JOCOR_DATA', '.'), # Folder of the data
     weights:str=None, # File of the body's weights
-    folder:str=None, # Folder for the features; default: in a temporary one
+    folder:str=None, # Folder for the features; default: `features` in the working folder
+    n:int=1000, # Photographs to train on, at most
     seed:int=0, # Of the noise, the weights and the batches
     only_table:bool=False # Print what is there, and run nothing
 ):
@@ -65,11 +69,11 @@ def main(
     warnings.simplefilter('ignore')
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    done = {tuple(o) for o in rows()[[*Way._fields,'seed']].itertuples(index=False)}
-    todo = [] if only_table else [o for o in ways if (*o, seed) not in done]
+    done = {tuple(o) for o in rows()[KEY].itertuples(index=False)}
+    todo = [] if only_table else [o for o in ways if (*o, seed, n) not in done]
     if todo:
         if weights: everyday_data.WEIGHTS = weights
-        d = clothing_photos(Path(path), seed)
+        d = _some(clothing_photos(Path(path), seed), n, seed)
         y = given_labels(d, 'clothing_photos', 'symmetric 30', seed)
         set_seed(seed)
         learn = photo_learner(d, y, 64)
@@ -78,5 +82,5 @@ def main(
         heads,cb = fit_heads(learn, seed=seed, folder=folder, progress=False)
         whole = tuned(learn, heads, cb, way, seed) if way.epochs else on_body(learn, heads)
         both,one = accuracies(whole)
-        add(dict(way._asdict(), seed=seed, accuracy=both, peer_accuracy=one, seconds=time.time()-start))
+        add(dict(way._asdict(), seed=seed, items=len(y), accuracy=both, peer_accuracy=one, seconds=time.time()-start))
     print(rows().to_string(index=False))

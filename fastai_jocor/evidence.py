@@ -195,9 +195,9 @@ def hidden_columns(
     idx:Tensor, # Positions of the items in the training set, shape (m,)
     repeated:Tensor|None=None # Items that another process has too, shape (m,), bool
 )->dict: # Each of shape (m,); they tell something of hidden items only, but for `margin`
-    "What the peer from which an item is hidden says of it, and its twins; what it says is also kept in `e.untold`"
+    "What the peer that was not told an item says of it, and its twins; `e.untold` keeps the former"
     hidden,targ = e.hidden[idx],targ.long()
-    own = logits.gather(0, hidden.clamp_min(0).view(1,-1,1).expand(1,-1,logits.shape[-1]))[0].float().log_softmax(-1)
+    own = logits[hidden.clamp_min(0),torch.arange(len(idx), device=idx.device)].float().log_softmax(-1)
     e.untold.add(idx, own, repeated)
     labels,others = logits.argmax(-1),max(len(logits)-1, 1)
     hits = (labels == targ).float()

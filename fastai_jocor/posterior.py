@@ -19,7 +19,7 @@ def _by_class(x, given):
     return x[order], labels, np.cumsum(sizes)
 
 def _update(L, p, labels, ends, prior):
-    "One step of EM: the next transposed transition matrix, and the likelihood of each given label under this one"
+    "One step of EM: the next matrix, transposed, and the likelihood of each given label under this one"
     counts,likelihood = prior*np.eye(len(L)),np.empty(len(p))
     for c,start,end in zip(labels, [0,*ends], ends):
         mine = p[start:end]

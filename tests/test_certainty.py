@@ -103,6 +103,15 @@ def test_without_hidden_labels_all_is_as_before(make):
     with pytest.raises(ValueError, match='least=0.9 needs probabilities'): cb.suspects(least=.9)
     with pytest.raises(ValueError, match='knows no probabilities'): cb.expected_wrong()
 
+def test_with_few_items_all_is_as_before():
+    "39 hidden labels say too little: by them, none of 29 wrong ones would be"
+    set_seed(1)
+    dls = digits_dls(noise=Symmetric(.25), bs=16)
+    dls.train.get_idxs = lambda: list(range(130))
+    learn,cb = quiet(Learner(dls, jocor_mlp(10, 64))),JoCorCallback(k=3, hidden=.02)
+    learn.fit_one_cycle(8, 1e-2, cbs=cb)
+    assert 0 < (cb.evidence.hidden >= 0).sum() < 100 and cb.certainty is None and 'p_wrong' not in cb.suspects()
+
 def test_a_later_fit_says_something_else(trained):
     learn,cb = digits(epochs=4, k=2)
     before = cb.p_wrong
