@@ -17,7 +17,7 @@ without selection or contrast. Each row of results/seeds.csv is a method and a s
 
     main       plain networks; one, two and three peers with all pairs and three in a circle, each with its own λ
     default    one, two and three peers by the default rule, which is told nothing
-    strength   three peers at the λ of two, and at the same weight of the plain sum
+    strength   three peers at the λ of two, and at the same weight of the plain sum; two at the λ of three
     ce         contrasts by cross-entropy
     co         Co-teaching and Co-teaching+
     five       five peers, all pairs
@@ -127,6 +127,7 @@ def jobs(part, data, noise, path):
         lam = tuned(noise, two, path)
         yield Job(data, noise, *three), [lam, plain_lambda(lam, 3)]
         yield Job(data, noise, *circle), [lam]
+        yield Job(data, noise, *two), [tuned(noise, three, path)]
     if part in ('five','all'): yield own(five)
     if part == 'ring': yield own(circle5)
     if part == 'co':

@@ -70,7 +70,7 @@ def rank_suspects(
     ledger:pd.DataFrame, # `cb.ledger`, or one of `load_ledger`
     n:int|None=None, # At most so many; `None` for all
     score:Score='recent', # By what, from the ledger
-    p_wrong:np.ndarray|None=None, # Probability that each label is wrong, shape of the ledger; `None` where it is not known
+    p_wrong:np.ndarray|None=None, # Probability that each label is wrong, shape (n,); `None` where not known
     least:float=.5 # Least such probability, in [0, 1]
 )->pd.DataFrame: # By position in the training set, the most suspect first, with `score` and `evidence`
     "Rank the items whose label looks wrong"
@@ -89,21 +89,22 @@ def rank_suspects(
     f = f[listed].assign(score=suspect_scores[score])
     f = f.sort_values('score', ascending=False, kind='stable')[:n]
     f['evidence'] = [_evidence(r) for r in f.itertuples()]
-    columns = 'item', 'given_label', 'predicted_label', 'p_wrong', 'score', 'evidence', 'true_label', 'flipped'
+    columns = 'item given_label predicted_label p_wrong score evidence true_label flipped'.split()
     return f[[o for o in columns if o in f]]
 
 # %% ../nbs/14_audit.ipynb #d0ub7002
 @patch(as_prop=True)
-def certainty(self:PeersCallback)->Certainty: # `None` where no label was hidden from a peer
+def certainty(self:PeersCallback)->Certainty: # `None` where too few labels were hidden from a peer
     "How probable it is that each label is wrong"
-    if None in (self.evidence, self.items, self.estimate) or not (self.evidence.hidden >= 0).any(): return None
-    of,known = (self.evidence, self.items, self.done),getattr(self, '_certainty', None)
+    e,known = self.evidence,getattr(self, '_certainty', None)
+    if None in (e, self.items, self.estimate) or (e.hidden >= 0).sum() < Certainty.least: return None
+    of = e,self.items,self.done
     if known is None or any(a is not b for a,b in zip(of, known[0])):
-        known = self._certainty = of,Certainty(self.evidence, self.items, self.estimate)
+        known = self._certainty = of,Certainty(*of[:2], self.estimate)
     return known[1]
 
 @patch(as_prop=True)
-def p_wrong(self:PeersCallback)->np.ndarray: # Shape (n,), NaN for items that were not seen; `None` where not known
+def p_wrong(self:PeersCallback)->np.ndarray: # Shape (n,), NaN where not seen; `None` where not known
     "Probability that each label is wrong"
     return None if self.certainty is None else self.certainty.p_wrong
 
@@ -111,11 +112,12 @@ def _list_of(cb, n, score, least):
     "The suspects without a warning"
     c = cb.certainty
     if c is None and least is not None:
-        raise ValueError(f"least={least!r} needs probabilities, and no label was hidden from a peer: they come with "
-                         "rule='evidence', one class an item")
+        raise ValueError(f"least={least!r} needs probabilities, and too few labels were hidden from a peer: "
+                         "they come with rule='evidence' and one class an item")
     least = ifnone(least, .5)
-    check_number('least', least, lambda v: 0 <= v <= 1, 'lie in [0, 1]: the least probability that a label is wrong')
-    return rank_suspects(cb.ledger, n, score, cb.p_wrong if c is not None and c.learned else None, least)
+    check_number('least', least, lambda v: 0 <= v <= 1, 'lie in [0, 1]: a probability that a label is wrong')
+    p = None if c is None or not c.learned else c.p_wrong
+    return rank_suspects(cb.ledger, n, score, p, least)
 
 def _warn_if_unsure(cb):
     if cb.certainty is not None and not cb.certainty.trusted: warnings.warn(str(cb.certainty))
@@ -124,8 +126,8 @@ def _warn_if_unsure(cb):
 @patch
 def suspects(self:PeersCallback,
     n:int|None=None, # At most so many; `None` for all
-    score:str='recent', # `recent`, `last`, `loss`, `prob`, `margin`, `votes` or `rejected`
-    least:float|None=None, # Least probability that the label is wrong, in [0, 1]; `None`: 0.5, where it is known
+    score:Score='recent', # By what, from the ledger
+    least:float|None=None, # Least probability that the label is wrong, in [0, 1]; `None`: 0.5
     anyway:bool=False # List what stands out even if nothing was learned
 )->pd.DataFrame: # By position in the training set, the most suspect first
     "Rank the items whose labels look wrong (`rank_suspects`)"
@@ -141,12 +143,12 @@ def _warn_if_empty(f, n):
     if f.empty and n != 0: warnings.warn("no label stands out: the peers vote against none with confidence")
 
 @patch
-def expected_wrong(self:PeersCallback)->dict: # `expected`, `low` and `high` of `n`; `listed`, and wrong ones `in_list`
+def expected_wrong(self:PeersCallback)->dict: # `expected`, `low`, `high`, `n`, `listed`, `in_list`
     "How many labels are expected to be wrong, in the training set and in the list of suspects"
     c = self.certainty
     if c is None:
-        raise ValueError("the callback knows no probabilities: train with it first, by rule='evidence', on items of "
-                         "one class each")
+        raise ValueError("the callback knows no probabilities: train with it first, by rule='evidence', "
+                         "on some hundred items of one class each")
     f = _list_of(self, None, 'recent', None) if c.learned else self.ledger[:0].assign(p_wrong=0.)
     return c.expected | dict(listed=len(f), in_list=float(f.p_wrong.sum()))
 

@@ -7,6 +7,7 @@ __all__ = ['hidden_from', 'hidden_count', 'hide', 'Untold']
 
 # %% ../nbs/02c_untold.ipynb #cce9285c
 import numpy as np, torch
+from functools import partial
 from torch import Tensor
 from .losses import check_number
 
@@ -15,7 +16,7 @@ def hidden_from(
     n:int, # Number of training items
     k:int, # Number of peers
     seed:int=0, # Of the draw
-    share:float|None=None # Share of the items that are hidden from each peer, in [0, 1/k]; `None`: 0.1, or 1/k if less
+    share:float|None=None # Share that is hidden from each peer, in [0, 1/k]; `None`: 0.1, or 1/k if less
 )->Tensor: # Shape (n,), int64: the peer that never trains on an item; -1 for none
     "Draw the items that are hidden from each peer, no item from two"
     order,size = np.random.default_rng(seed).permutation(n),hidden_count(n, k, share)
@@ -39,7 +40,7 @@ def hide(
     t:Tensor, # Logits or log-probabilities of the peers, shape (k, N, C)
     hidden:Tensor # The peer from which each item is hidden, shape (N,); -1 for none
 )->Tensor: # Shape (k, N, C)
-    "The same values; the hidden peer gets no gradient from an item, neither from its label nor from the other peers"
+    "The same values; the hidden peer gets no gradient from an item, neither from its label nor from others"
     peers = torch.arange(len(t), device=t.device)
     return torch.where((hidden == peers[:,None])[...,None], t.detach(), t)
 
@@ -56,8 +57,9 @@ class Untold:
         rows,is_hidden = -(-n_hidden//step),hidden >= 0
         turn = is_hidden.cumsum(0)-1
         self.place = torch.where(is_hidden & (turn % step == 0), turn//step, rows)
-        self.log_p = torch.full((rows+1,n_classes), torch.nan, dtype=torch.float16, device=hidden.device)
-        self.fresh = torch.zeros(rows+1, dtype=torch.bool, device=hidden.device)
+        new = partial(torch.full, device=hidden.device)
+        self.log_p = new((rows+1,n_classes), torch.nan, dtype=torch.float16)
+        self.fresh = new((rows+1,), False)
 
     def add(self,
         idx:Tensor, # Positions of some items in the training set, shape (m,)
@@ -85,7 +87,7 @@ class Untold:
 
     def load_state(self, log_p): self.log_p[:-1] = log_p.to(self.log_p.device)
 
-    def known(self)->tuple: # Positions in the training set, shape (m,), and log-probabilities, shape (m, C), float32
+    def known(self)->tuple: # Positions in the training set, shape (m,), and log-probabilities, shape (m, C)
         "All that is known, as arrays"
         place,log_p = self.place.cpu().numpy(),self.log_p[:-1].float().cpu().numpy()
         items = np.flatnonzero(place < len(log_p))
