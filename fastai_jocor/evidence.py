@@ -74,7 +74,7 @@ class Evidence:
         tau:float|None=None, # Share of wrong labels where it is known, in [0, 1); `None` where not
         device='cpu', # Where the figures of the items are kept
         without:tuple=(), # Parts that are switched off, for research
-        share:float|None=None # Share of the items that are hidden from each peer, in [0, 1/k]; `None`: 0.1, or 1/k if less
+        share:float|None=None # Hidden from each peer, in [0, 1/k]; `None`: 0.1, or 1/k if less
     ):
         self.n,self.k,self.n_classes,self.tau,self.without = n,k,n_classes,tau,without
         self.hidden = hidden_from(n, k, seed, share).to(device)

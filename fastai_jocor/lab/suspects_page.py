@@ -120,7 +120,7 @@ def review_page(
     bad:list|tuple=(), # Files that could not be read
     note:str='', # A sentence to show above the suspects
     pictures:list|None=None, # Data URLs of pictures; `None` makes them from the files
-    summary:dict|None=None, # What the page says of the audit, under the names in `_of_summary`; besides `suspects.attrs`
+    summary:dict|None=None, # What the page says, under the names in `_of_summary`; besides `suspects.attrs`
     labels:pd.DataFrame|None=None # `file`, `label` and perhaps `p_wrong` of all items, for class sizes and examples
 ):
     "Write the page on which suspects are looked at and decided"
