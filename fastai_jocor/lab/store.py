@@ -107,7 +107,7 @@ class MemoryDL(TfmdDL):
     def relabelled(self,
         labels, # A label for each item of this loader, class indices, shape (n,)
         left, # Positions of the items to keep
-        noise:object=None, # Record of the corrupted labels of the items to keep, a `NoiseRecord`
+        noise:object|None=None, # Record of the corrupted labels of the items to keep, a `NoiseRecord`
         dataset:object|None=None # Data set of the items to keep; not used where this loader's own is a `MemoryDatasets`
     )->TfmdDL: # A `MemoryDL`
         "Return a loader of the items `left` with these labels; images are shared"
@@ -143,7 +143,7 @@ class MemoryDatasets(Datasets):
         idxs, # Places in the store of the items, shape (n,)
         vocab, # Class names
         split_idx:int=0, # 0 for a training set, 1 for others
-        noise:object=None, # Record of corrupted labels; `None` for none
+        noise:object|None=None, # Record of corrupted labels; `None` for none
         types:Sequence|None=None # Types of image and target, for showing; `None` infers them
     ):
         self.store,self.classes,self.record = store,vocab,noise
