@@ -79,18 +79,17 @@ def fit_heads(
 def fine_tuned(
     learn:Learner, # Whose body is trained on; it is not changed
     heads:Learner, # Of `fit_heads`, on features
-    cb:JoCorCallback, # That trained them
+    cb:JoCorCallback, # That trained them; it goes on with what it knows of the labels
     epochs:int, # Number of epochs, at least 1
-    lr:float=1e-3, # Largest learning rate of the heads; the body's first layers get a hundredth of it
+    lr:float=1e-4, # Largest learning rate of the heads; the body's first layers get a tenth of it
     progress:bool=True # Show bars
-)->tuple: # A learner on the items; the callback that trained it
+)->tuple: # A learner on the items; the callback
     "Train the body too, with the heads back on it"
     whole = Learner(learn.dls, copied(learn.model), loss_func=learn.loss_func, splitter=learn.splitter, path=learn.path)
     whole.take_heads(heads).unfreeze()
-    again = JoCorCallback(k=cb.k, hidden=1/cb.k, seed=cb.seed, rule='evidence')
     with whole.no_logging(), nullcontext() if progress else whole.no_bar():
-        whole.fit_one_cycle(epochs, slice(lr/100, lr), cbs=[again, NoValidation()])
-    return whole,again
+        whole.fit_one_cycle(epochs, slice(lr/10, lr), cbs=[cb, NoValidation()])
+    return whole,cb
 
 @torch.no_grad()
 def peer_log_probs(
