@@ -4,13 +4,13 @@
     python benchmarks/beyond.py --path FOLDER --part large  # 50,000 features
     python benchmarks/beyond.py --summary_only
 
-FOLDER and the data are those of everyday.py, whose learners are trained here, too; no method is told a noise rate. Each
-row of results/beyond.csv is one run. Rows that are there are not run again. With three peers each:
+FOLDER and the data are those of everyday.py, whose learners are trained here, too; no method is told a noise rate.
+Each row of results/beyond.csv is one run. Rows that are there are not run again. With three peers each:
 
 - `default` is `JoCorCallback(k=3)`;
 - `votes` is `JoCorCallback(k=3, plus='votes')`;
-- `elr`: early-learning regularisation (Liu et al. 2020) beside the default. Each item has a running mean of the peers'
-  mean probability (beta 0.7), from which no prediction should move away (weight 3: the paper's for CIFAR-10);
+- `elr`: early-learning regularisation (Liu et al. 2020) beside the default. Each item has a running mean of the
+  peers' mean probability (beta 0.7), from which no prediction should move away (weight 3: the paper's for CIFAR-10);
 - `mixup`: the kept items are mixed with one another after selection (Zhang et al. 2018), in a second forward pass;
 - `third` is `JoCorCallback(k=3, hidden=1/3)`: each label is hidden from one of the peers.
 """

@@ -55,8 +55,7 @@ class JoCorCallback(PeersCallback):
         self.prune,self.refresh = prune,refresh
         self.balance,self.behind = balance,None
         self.rule,self.without,self.hidden = self._choose(rule),tuple(without),hidden
-        self.plus = self._check_plus(plus)
-        self.by_evidence = self.rule != 'schedule'
+        self.by_evidence,self.plus = self.rule != 'schedule',self._check_plus(plus)
         self.weigh = Weigh(self)
         self.parts.append(self.weigh)
         if prune: self.parts.append(Prune(self))
@@ -114,7 +113,8 @@ def _check_plus(self:JoCorCallback, plus):
     if plus and self.rule == 'schedule':
         raise ValueError(f"plus={plus!r} needs rule='evidence': leave out the arguments of a schedule")
     if plus and self.hidden == 0:
-        raise ValueError(f"plus={plus!r} needs items that are hidden from a peer, and hidden=0 hides none: leave it out")
+        raise ValueError(f"plus={plus!r} needs items that are hidden from a peer, and hidden=0 hides "
+                         "none: leave it out")
     return plus
 
 # %% ../nbs/08_callback.ipynb #20107a43
@@ -210,8 +210,8 @@ def check_fit(self:JoCorCallback,
         raise ValueError("rule='evidence' needs one class an item and a fastai loader that tells which items it "
                          "gives: pass rule='schedule' and forget_rate, your guess of the share of wrong labels")
     if self.plus and not can:
-        raise ValueError(f"plus={self.plus!r} needs one class an item and a fastai loader that tells which items it "
-                         "gives: leave it out")
+        raise ValueError(f"plus={self.plus!r} needs one class an item and a fastai loader that tells "
+                         "which items it gives: leave it out")
     PeersCallback.check_fit(self, s)
     if self.balance and (s.multi_label or not s.tells):
         raise ValueError(f"balance={self.balance!r} compares the losses of items with the same "

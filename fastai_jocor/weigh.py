@@ -13,7 +13,7 @@ from fastai.basics import *
 from .processes import own_part, union
 from .evidence import (close_epoch, estimate_from, Evidence, forget_margins, hide, keep_by_margin,
                                    look_at_batch)
-from .votes import common_votes, split_with_votes, vote_cut, vote_weight
+from .votes import common_votes, split_with_votes, vote_balance, vote_cut, vote_weight
 from .step import Part
 
 # %% ../nbs/07c_weigh.ipynb #ab142985
@@ -72,8 +72,7 @@ class Weigh(Part):
             if o.k == 1: usable = _and(usable, hidden < 0)
             times,n = self._select(e, by, usable)
         if s.bad is not None: ranked = ranked.masked_fill(s.bad, torch.inf)
-        weight = self.vote_weight
-        if weight: return self._with_votes(shown, losses, times, usable, weight), times, ranked
+        if self.vote_weight: return self._with_votes(shown, losses, times, usable), times, ranked
         return o.mean_kept(losses, times.to(losses.dtype), n), times, ranked
 
 def _and(a, b): return b if a is None else a & b
@@ -89,26 +88,6 @@ def _select(self:Weigh, e, by, usable):
     n = s.drop_count(len(by) if s.ignored is None else usable.sum(), s.R)
     keep = keep_by_margin(by, math.inf if self.frozen else e.threshold, n, usable)
     return (own_part(keep) if s.across else keep).float(), keep.sum()
-
-@patch(as_prop=True)
-def vote_weight(self:Weigh)->float: # In [0, 1]
-    "How much sure common votes count as labels in this epoch"
-    e = self.learn.selection.evidence
-    if self.owner.plus != 'votes' or self.frozen or e is None or 'cut' not in e.latest: return 0.
-    return vote_weight(e.latest['alike'])
-
-@patch
-def _with_votes(self:Weigh, shown, losses, times, usable, weight):
-    "The mean loss of the kept items, and of the items with a sure vote under this vote"
-    o,s = self.owner,self.learn.selection
-    with torch.no_grad():
-        vote,sure = common_votes(s.log_probs, s.pred, s.evidence.latest['cut'])
-        if usable is not None: sure &= usable
-        if s.no_label is not None: sure &= vote != s.no_label
-        weights = torch.cat(split_with_votes(times.to(losses.dtype), sure, weight))
-        n = weights.sum()
-        if s.across: torch.distributed.all_reduce(n)
-    return o.mean_kept(torch.cat([losses, o.joint_losses(*shown, vote)[1]]), weights, n, torch.cat([s.targ, vote]))
 
 @patch
 def learned(self:Weigh,
@@ -126,6 +105,30 @@ def learned(self:Weigh,
     agree = seen['agree'].double()
     o.estimate = est = estimate_from(e, 1-float(agree.mean()) if len(agree) else 0.)
     o.record.figures |= dict(noise_low=est.low, noise_high=est.high)
+
+# %% ../nbs/07c_weigh.ipynb #c0770e52
+@patch(as_prop=True)
+def vote_weight(self:Weigh)->float: # In [0, 1]
+    "How much sure common votes count as labels in this batch"
+    e = self.learn.selection.evidence
+    if self.owner.plus != 'votes' or self.frozen or e is None or 'cut' not in e.latest: return 0.
+    return vote_weight(e.latest['alike'], self.learn.pct_train)
+
+@patch
+def _with_votes(self:Weigh, shown, losses, times, usable):
+    "The mean loss of the kept items, and of the items with a sure vote under this vote"
+    o,s = self.owner,self.learn.selection
+    e = s.evidence
+    with torch.no_grad():
+        vote,sure = common_votes(s.log_probs, s.pred, e.latest['cut'])
+        if usable is not None: sure &= usable
+        if s.no_label is not None: sure &= vote != s.no_label
+        weights = self.vote_weight*vote_balance(e.running[1], e.running[2])[vote]*sure
+        times = split_with_votes(times.to(losses.dtype), weights.to(losses.dtype))
+        n = times.sum()
+        if s.across: torch.distributed.all_reduce(n)
+    own = o.joint_losses(*shown, vote)[1]
+    return o.mean_kept(torch.cat([losses, own]), times, n, torch.cat([s.targ, vote]))
 
 @patch
 def _cut(self:Weigh, seen, wrong):

@@ -125,15 +125,16 @@ def hide(zs, hidden):
     hidden = torch.tensor(hidden)[:,None]
     return [torch.where(hidden == m, z.detach(), z) for m,z in enumerate(zs)]
 
-def with_votes(zs, values, y, kept, hidden, rule):
+def with_votes(zs, values, y, kept, hidden, rule, pct):
     "The loss of the kept items and of those on which all peers surely agree; and how many these are"
-    weight = min(max((rule.rows[-1]['alike']-.5)/.3, 0), 1)
+    weight = np.clip((rule.rows[-1]['alike']-.5)/.3, 0, 1)*np.clip((pct-.2)/.3, 0, 1)
     votes,given,voted = [],[],[]
     for i,(z,peer) in enumerate(zip(values.swapaxes(0, 1), hidden)):
         p = softmax(z).mean(0)
         votes.append(p.argmax())
         sure = all(o.argmax() == p.argmax() for o in z) and p.max() >= rule.rows[-1]['cut']
-        voted.append(weight if sure and (rule.k > 1 or peer < 0) else 0.)
+        share = min(rule.labels[votes[-1]]/max(rule.votes[votes[-1]], 1e-6), 1)
+        voted.append(weight*share if sure and (rule.k > 1 or peer < 0) else 0.)
         given.append(1-voted[-1] if i in kept else 0.)
     losses = [reference.joint_losses(zs, o, rule.lam) for o in (y, torch.as_tensor(np.array(votes)))]
     total = sum(w*o for each,shares in zip(losses, (given, voted)) for w,o in zip(shares, each) if w)
@@ -143,7 +144,7 @@ def train(nets, batches, items, hidden, lr, n_classes=10, votes=False, **kwargs)
     "Train peers on batches `(epoch, x, y)`; gives the rule, the kept places of each batch, R and λ, and the interval"
     rule,opt = Rule(hidden, len(nets), n_classes, **kwargs),reference.adam(nets, lr)
     kept,rates,ends,seen,at = [],[],[],[],None
-    for (epoch,x,y),idx in zip(batches, items):
+    for i,((epoch,x,y),idx) in enumerate(zip(batches, items)):
         if epoch != at:
             if seen: ends.append(rule.close(seen))
             at,seen,rule.owed = epoch,[],0.
@@ -155,7 +156,7 @@ def train(nets, batches, items, hidden, lr, n_classes=10, votes=False, **kwargs)
         from_whom = [rule.hidden[i] for i in idx]
         shown = hide(zs, from_whom)
         if votes and rule.rows:
-            loss,n = with_votes(shown, values, y, kept[-1], from_whom, rule)
+            loss,n = with_votes(shown, values, y, kept[-1], from_whom, rule, i/len(batches))
             rule.voted_for += n
         else: loss = reference.joint_losses(shown, y, rule.lam)[torch.as_tensor(kept[-1])].mean()
         reference.step(opt, loss)

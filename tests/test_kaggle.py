@@ -22,8 +22,9 @@ def run(slug, inject):
     shell.run_all(nb, exc_stop=True)
     return ''.join(''.join(o.get('text', '')) for c in nb.cells for o in c.get('outputs', []))
 
-def test_there_are_three():
-    assert SLUGS == ['jocor-cassava-clean-labels','jocor-cifar-10-quickstart','jocor-cifar-10n-human-labels']
+def test_there_are_four():
+    assert SLUGS == ['jocor-cassava-clean-labels','jocor-cifar-10-quickstart','jocor-cifar-10n-human-labels',
+                     'jocor-noisy-imagenette']
 
 @pytest.mark.parametrize('slug', SLUGS)
 def test_metadata(slug):
@@ -50,7 +51,9 @@ def epochs_of(history):
     "Epochs that a run has noted"
     return pd.read_csv(history).epoch.tolist() if history.exists() else []
 
-@pytest.mark.parametrize('slug,runs', list(zip(SLUGS, (['plain','k2'], ['k2','k3'], ['worse-plain','worse-k3']))))
+RUNS = ['plain','k2'],['k2','k3'],['worse-plain','worse-k3'],['4-plain','4-k3']
+
+@pytest.mark.parametrize('slug,runs', list(zip(SLUGS, RUNS, strict=True)))
 def test_stops_in_time_and_goes_on(slug, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('MPLBACKEND', 'agg')
@@ -76,5 +79,5 @@ def test_stops_in_time_and_goes_on(slug, runs, tmp_path, monkeypatch):
 def test_says_what_to_attach(slug, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     extra = '' if 'cassava' in slug else '\ninternet = False'
-    with pytest.raises(FileNotFoundError, match='attach (CIFAR-10|the competition cassava)'):
+    with pytest.raises(FileNotFoundError, match='attach (CIFAR-10|Imagenette|the competition cassava)'):
         run(slug, f"short,inputs,out = False,'nothing','out'{extra}")

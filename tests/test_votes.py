@@ -6,7 +6,7 @@ from fastai.vision.all import BCEWithLogitsLossFlat, nn
 from fastai_jocor import weigh
 from fastai_jocor.all import JoCorCallback, Symmetric
 from fastai_jocor.evidence import evidence_state, hidden_from
-from fastai_jocor.votes import common_votes, split_with_votes, vote_cut, vote_weight
+from fastai_jocor.votes import common_votes, split_with_votes, vote_balance, vote_cut, vote_weight
 from fake_gpu import watch
 from learners import Record, Step, digits, digits64, mlps64, same, tensors, weights
 from sync import as_on_a_gpu
@@ -38,20 +38,22 @@ def test_votes_of_a_batch(k, n, seed, cut, weight):
     times = torch.randint(0, 2, (n,), generator=g).double()
     log_p = lp.exp().mean(0).log()
     vote,sure = common_votes(lp, log_p, cut)
-    own,voted = split_with_votes(times, sure, weight)
+    own,voted = split_with_votes(times, weight*sure).chunk(2)
     for i in range(n):
         votes = {int(lp[m,i].argmax()) for m in range(k)}
         agreed = len(votes) == 1 and bool(log_p[i].max().exp() >= cut)
         assert vote[i] == log_p[i].argmax() and sure[i] == agreed
         assert voted[i] == weight*agreed and own[i] == times[i]*(1-weight*agreed)
 
-def test_vote_weight(): assert [vote_weight(o) for o in (0, .5, .8, 1)] == [0, 0, pytest.approx(1), 1]
+def test_vote_weight():
+    assert [vote_weight(o, 1.) for o in (0, .5, .65, .8, 1)] == pytest.approx([0, 0, .5, 1, 1])
+    assert [vote_weight(1., o) for o in (0, .2, .35, .5, 1)] == pytest.approx([0, 0, .5, 1, 1])
 
 # --- a fit
 
 def sure_of_all(monkeypatch, weight=.5, cut=.15):
     "Votes that count from the second epoch on, however little the peers know"
-    monkeypatch.setattr(weigh, 'vote_weight', lambda alike: weight)
+    monkeypatch.setattr(weigh, 'vote_weight', lambda alike, pct: weight)
     monkeypatch.setattr(weigh, 'vote_cut', lambda conf, hits, wrong: cut)
 
 @pytest.mark.parametrize('k', (1,3))
@@ -65,13 +67,19 @@ def test_same_as_a_loop(k):
     assert [row['cut'] for row in cb.evidence.rows] == pytest.approx([row['cut'] for row in rule.rows])
     assert rule.voted_for > 100
 
+def test_vote_balance():
+    votes,labels = torch.tensor([.5,.5,0,0]),torch.tensor([.25,.75,.1,0])
+    assert vote_balance(votes, labels).tolist() == pytest.approx([.5,1,1,0])
+
 def voted(s, weight=.5, cut=.15):
     "Of a batch: the votes, and the weights of given labels and of votes"
     p = s.log_probs.detach().exp()
     vote = p.mean(0).argmax(-1)
     sure = (p.argmax(-1) == vote).all(0) & (p.mean(0).amax(-1) >= cut)
     if s.usable is not None: sure &= s.usable
-    return vote, s.kept*~sure+s.kept*sure*(1-weight), weight*sure
+    running = s.evidence.running
+    also = weight*sure*(running[2]/running[1]).clamp(max=1)[vote]
+    return vote, s.kept*(1-also), also
 
 @pytest.mark.parametrize('smoothing', (0., .1))
 def test_the_mean_is_weighted(smoothing, monkeypatch):
@@ -112,7 +120,8 @@ def test_an_item_without_a_label_gets_none(no_label, monkeypatch):
         got,rejected = (z.grad != 0).any(-1).any(0),s.kept == 0
         assert not got[s.ignored].any() and not got[rejected & (vote == no_label)].any()
         assert got[(also > 0) & (vote != no_label)].all()
-        seen.append((int((rejected & (also > 0) & (vote != no_label)).sum()), int((rejected & (vote == no_label)).sum())))
+        of_none = vote == no_label
+        seen.append([int(o.sum()) for o in (rejected & (also > 0) & ~of_none, rejected & of_none)])
     learn.fit(1, 1e-2, cbs=[cb, Step(look)])
     rejected,of_none = map(sum, zip(*seen))
     assert rejected > 20 and (of_none > 20 or no_label < 0)
@@ -140,7 +149,8 @@ def test_a_resumed_fit_ends_with_the_same_bits(tmp_path, monkeypatch):
     (a,one),(b,two) = [resumed(tmp_path/str(len(o)), o, 4, plus='votes') for o in ((), (1,3))]
     (c,_) = resumed(tmp_path/'without', (), 4)
     assert same(weights(a.model), weights(b.model)) and not same(weights(a.model), weights(c.model))
-    assert same_state(evidence_state(one.evidence), evidence_state(two.evidence)) and one.evidence.rows[0]['cut'] == .15
+    assert same_state(evidence_state(one.evidence), evidence_state(two.evidence))
+    assert one.evidence.rows[0]['cut'] == .15
 
 @pytest.mark.parametrize('loss', ({}, dict(weight=torch.linspace(.5, 2, 10), ignore_index=3)))
 def test_the_step_does_not_synchronise(loss, monkeypatch):
@@ -175,9 +185,11 @@ def test_a_frozen_body_and_lr_find(monkeypatch):
 
 # --- what is refused
 
-@pytest.mark.parametrize('kw,error', ((dict(plus='vote'), "did you mean 'votes'"), (dict(plus=True), "plus=True must be"),
+REFUSED = [(dict(plus='vote'), "did you mean 'votes'"), (dict(plus=True), "plus=True must be"),
     (dict(plus='votes', hidden=0), 'hidden=0 hides none'), (dict(plus='votes', balance=.5), "needs rule='evidence'"),
-    (dict(plus='votes', rule='schedule'), "needs rule='evidence'")))
+    (dict(plus='votes', rule='schedule'), "needs rule='evidence'")]
+
+@pytest.mark.parametrize('kw,error', REFUSED)
 def test_what_is_refused(kw, error):
     with pytest.raises(ValueError, match=error): JoCorCallback(**kw)
 
