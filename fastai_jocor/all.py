@@ -18,6 +18,7 @@ from .methods import CoTeachingCallback, CoTeachingPlusCallback, ForwardLoss, SC
 from .noise import Asymmetric, LabelNoise, NoiseRecord, PairFlip, plot_noise, Symmetric, Transition
 from .instance import InstanceDependent
 from .human import HumanLabels
+from .columns import ColumnLabels
 from .blocks import make_noise, NoisyCategoryBlock, show_flipped
 from .files import load_ledger, read_table, save_ledger, write_table
 from .audit import rank_suspects

@@ -221,12 +221,13 @@ def small_mask(self:PeersCallback,
 def mean_kept(self:PeersCallback,
     losses:Tensor, # Loss per sample, with class weights if there are any, shape (..., N)
     times:Tensor, # How often each item is kept, shape (..., N)
-    n # How many are kept in all processes, shape (...)
+    n, # How many are kept in all processes, shape (...)
+    targ:Tensor=None # Their labels, shape (N,); `None` for the given ones
 )->Tensor: # Shape (...)
     "Average the losses of the items that are kept"
     s = self.selection
     if s.weight is not None:
-        n = (times*s.weight[s.targ]).sum(-1)
+        n = (times*s.weight[s.targ if targ is None else targ]).sum(-1)
         if s.across: torch.distributed.all_reduce(n)
         n = torch.where(n > 0, n, 1.)
     elif isinstance(n, Tensor): n = n.clamp(min=1)

@@ -11,6 +11,7 @@ from fastai.basics import *
 from .processes import gather_rows, own_part, union
 from .evidence import (close_epoch, estimate_from, Evidence, forget_margins, hide, keep_by_margin,
                                    look_at_batch)
+from .votes import common_votes, split_with_votes, vote_balance, vote_cut, vote_weight
 from .step import Part
 
 # %% ../nbs/07c_weigh.ipynb #ab142985
@@ -59,15 +60,17 @@ class Weigh(Part):
             return o.keep_small(losses, 0., ranked)
         e = s.evidence or self._begin(s)
         hidden = e.hidden[s.idx]
-        ranked,losses = o.joint_losses(logits if s.per_sample is None else hide(logits, hidden),
-                                       hide(s.log_probs, hidden), targ)
+        shown = logits if s.per_sample is None else hide(logits, hidden),hide(s.log_probs, hidden)
+        ranked,losses = o.joint_losses(*shown, targ)
         usable = s.usable if s.unweighted is None else _and(s.usable, losses.detach().isfinite())
         with torch.no_grad():
             before = o.items.given_label[s.idx]
             forget_margins(e, targ, s.idx, before if s.ignored is None else before.masked_fill(s.ignored, -1))
             by = look_at_batch(e, s.pred, targ, s.idx, usable)
-            times,n = self._select(e, by, usable if o.k > 1 else _and(usable, hidden < 0))
+            if o.k == 1: usable = _and(usable, hidden < 0)
+            times,n = self._select(e, by, usable)
         if s.bad is not None: ranked = ranked.masked_fill(s.bad, torch.inf)
+        if self.vote_weight: return self._with_votes(shown, losses, times, usable), times, ranked
         return o.mean_kept(losses, times.to(losses.dtype), n), times, ranked
 
 def _and(a, b): return b if a is None else a & b
@@ -97,6 +100,36 @@ def learned(self:Weigh,
         e.running /= s.world
         e.untold.put(*map(gather_rows, e.untold.take_fresh()))
     close_epoch(e, seen, hold=self.frozen)
+    if o.plus and e.rows: e.rows[-1]['cut'] = self._cut(seen, e.rows[-1]['sure'])
     agree = seen['agree'].double()
     o.estimate = est = estimate_from(e, 1-float(agree.mean()) if len(agree) else 0.)
     o.record.figures |= dict(noise_low=est.low, noise_high=est.high)
+
+# %% ../nbs/07c_weigh.ipynb #c0770e52
+@patch(as_prop=True)
+def vote_weight(self:Weigh)->float: # In [0, 1]
+    "How much sure common votes count as labels in this batch"
+    e = self.learn.selection.evidence
+    if self.owner.plus != 'votes' or self.frozen or e is None or 'cut' not in e.latest: return 0.
+    return vote_weight(e.latest['alike'], self.learn.pct_train)
+
+@patch
+def _with_votes(self:Weigh, shown, losses, times, usable):
+    "The mean loss of the kept items, and of the items with a sure vote under this vote"
+    o,s = self.owner,self.learn.selection
+    e = s.evidence
+    with torch.no_grad():
+        vote,sure = common_votes(s.log_probs, s.pred, e.latest['cut'])
+        if usable is not None: sure &= usable
+        if s.no_label is not None: sure &= vote != s.no_label
+        weights = self.vote_weight*vote_balance(e.running[1], e.running[2])[vote]*sure
+        times = split_with_votes(times.to(losses.dtype), weights.to(losses.dtype))
+        n = times.sum()
+        if s.across: torch.distributed.all_reduce(n)
+    own = o.joint_losses(*shown, vote)[1]
+    return o.mean_kept(torch.cat([losses, own]), times, n, torch.cat([s.targ, vote]))
+
+@patch
+def _cut(self:Weigh, seen, wrong):
+    hidden = seen['hidden'] >= 0
+    return vote_cut(*[seen[name][hidden].cpu().numpy() for name in ('own_conf','out')], wrong)

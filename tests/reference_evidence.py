@@ -15,7 +15,7 @@ class Rule:
         self.mean,self.votes,self.labels = np.full((3,n_classes), 1/n_classes)
         self.brake = self.owed = 0.
         self.voted = {} # of a single network, in the epoch before
-        self.rows,self.by_margin,self.by_floor = [],0,0
+        self.rows,self.by_margin,self.by_floor,self.voted_for = [],0,0,0
 
     @property
     def best(self): return max(self.rows, key=lambda o: o['out'], default=dict(out=0, rate=0, low=0, high=1))
@@ -92,6 +92,7 @@ class Rule:
         if self.k == 1: row['inside'] = np.mean(others)
         self.voted = voted
         self.rows.append(row | wrong(hidden, row['out'], row['alike']))
+        self.rows[-1]['cut'] = cut_of(hidden, self.rows[-1]['sure'])
         if len(self.rows) > 1:
             now,before = self.rows[-1],self.rows[max(len(self.rows)-3, 0)]
             growth = max(now['out']-before['out'], 0)
@@ -109,18 +110,41 @@ def wrong(hidden, out, alike):
     error = 2*math.sqrt(max(surest*(1-surest), 1/len(hidden))/max(len(hidden)/2, 1))
     high = min(min(1-out, surest+.25*gap+.03)+error, 1)
     low = np.clip((alike-.5)/.3, 0, 1)*np.clip(surest-.75*gap-error, 0, high)
-    return dict(rate=min(max(surest-.2*gap, low), high), low=low, high=high)
+    return dict(rate=min(max(surest-.2*gap, low), high), low=low, high=high, sure=surest)
+
+def cut_of(hidden, sure):
+    "The least confidence from which on at least 50 votes are right, 95 in 100 of them, as far as labels can tell"
+    enough = [math.inf]
+    for conf in {np.float32(o['conf']) for o in hidden}:
+        above = [o['out'] for o in hidden if np.float32(o['conf']) >= conf]
+        if len(above) >= 50 and np.mean(above) >= .95*(1-sure): enough.append(conf)
+    return min(enough)
 
 def hide(zs, hidden):
     "The same logits; a peer from which an item is hidden gets no gradient from it"
     hidden = torch.tensor(hidden)[:,None]
     return [torch.where(hidden == m, z.detach(), z) for m,z in enumerate(zs)]
 
-def train(nets, batches, items, hidden, lr, n_classes=10, **kwargs):
+def with_votes(zs, values, y, kept, hidden, rule, pct):
+    "The loss of the kept items and of those on which all peers surely agree; and how many these are"
+    weight = np.clip((rule.rows[-1]['alike']-.5)/.3, 0, 1)*np.clip((pct-.2)/.3, 0, 1)
+    votes,given,voted = [],[],[]
+    for i,(z,peer) in enumerate(zip(values.swapaxes(0, 1), hidden)):
+        p = softmax(z).mean(0)
+        votes.append(p.argmax())
+        sure = all(o.argmax() == p.argmax() for o in z) and p.max() >= rule.rows[-1]['cut']
+        share = min(rule.labels[votes[-1]]/max(rule.votes[votes[-1]], 1e-6), 1)
+        voted.append(weight*share if sure and (rule.k > 1 or peer < 0) else 0.)
+        given.append(1-voted[-1] if i in kept else 0.)
+    losses = [reference.joint_losses(zs, o, rule.lam) for o in (y, torch.as_tensor(np.array(votes)))]
+    total = sum(w*o for each,shares in zip(losses, (given, voted)) for w,o in zip(shares, each) if w)
+    return total/(sum(given)+sum(voted)), sum(o > 0 and i not in kept for i,o in enumerate(voted))
+
+def train(nets, batches, items, hidden, lr, n_classes=10, votes=False, **kwargs):
     "Train peers on batches `(epoch, x, y)`; gives the rule, the kept places of each batch, R and λ, and the interval"
     rule,opt = Rule(hidden, len(nets), n_classes, **kwargs),reference.adam(nets, lr)
     kept,rates,ends,seen,at = [],[],[],[],None
-    for (epoch,x,y),idx in zip(batches, items):
+    for i,((epoch,x,y),idx) in enumerate(zip(batches, items)):
         if epoch != at:
             if seen: ends.append(rule.close(seen))
             at,seen,rule.owed = epoch,[],0.
@@ -129,7 +153,12 @@ def train(nets, batches, items, hidden, lr, n_classes=10, **kwargs):
         values = torch.stack(zs).detach().numpy()
         kept.append(rule.keep(rule.judge(values, y.numpy(), idx), idx))
         seen += list(zip(idx, values.swapaxes(0, 1), y.numpy()))
-        losses = reference.joint_losses(hide(zs, [rule.hidden[i] for i in idx]), y, rule.lam)
-        reference.step(opt, losses[torch.as_tensor(kept[-1])].mean())
+        from_whom = [rule.hidden[i] for i in idx]
+        shown = hide(zs, from_whom)
+        if votes and rule.rows:
+            loss,n = with_votes(shown, values, y, kept[-1], from_whom, rule, i/len(batches))
+            rule.voted_for += n
+        else: loss = reference.joint_losses(shown, y, rule.lam)[torch.as_tensor(kept[-1])].mean()
+        reference.step(opt, loss)
     ends.append(rule.close(seen))
     return rule,kept,rates,ends

@@ -56,10 +56,10 @@ def test_an_interrupted_fit_goes_on(tmp_path):
     item = learn.dls.valid_ds[0][0]
     torch.testing.assert_close(loaded.predict(item)[2], learn.predict(item)[2])
 
-def resumed(path, stops, epochs=6):
+def resumed(path, stops, epochs=6, **kwargs):
     "A run that stops in some epochs and is started again by the same lines"
     for i,stop in enumerate([*stops, None]):
-        learn,cb = digits(seed=0, path=path),JoCorCallback(k=2)
+        learn,cb = digits(seed=0, path=path),JoCorCallback(k=2, **kwargs)
         torch.manual_seed(3+i)
         cbs = [cb, Checkpoint()] + ([] if stop is None else [StopIn(stop)])
         if stop is None: learn.fit_one_cycle(epochs, 2e-2, cbs=cbs)

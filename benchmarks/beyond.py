@@ -1,0 +1,121 @@
+"""Past JoCoR: do common votes, early-learning regularisation, mixup, or more hidden labels beat the default?
+
+    python benchmarks/beyond.py --path FOLDER               # all rows that are missing
+    python benchmarks/beyond.py --path FOLDER --part large  # 50,000 features
+    python benchmarks/beyond.py --summary_only
+
+FOLDER and the data are those of everyday.py, whose learners are trained here, too; no method is told a noise rate.
+Each row of results/beyond.csv is one run. Rows that are there are not run again. With three peers each:
+
+- `default` is `JoCorCallback(k=3)`;
+- `votes` is `JoCorCallback(k=3, plus='votes')`;
+- `elr`: early-learning regularisation (Liu et al. 2020) beside the default. Each item has a running mean of the
+  peers' mean probability (beta 0.7), from which no prediction should move away (weight 3: the paper's for CIFAR-10);
+- `mixup`: the kept items are mixed with one another after selection (Zhang et al. 2018), in a second forward pass;
+- `third` is `JoCorCallback(k=3, hidden=1/3)`: each label is hidden from one of the peers.
+"""
+import os, warnings, pandas as pd, torch
+from pathlib import Path
+from fastcore.script import call_parse
+from fastai.basics import *
+from fastai_jocor.all import JoCorCallback
+from fastai_jocor.evidence import hide
+from fastai_jocor.losses import peer_log_probs
+from fastai_jocor.per_sample import first_output, plain
+import everyday
+from everyday import Cell, Data, KEY, Method, tables
+from everyday_data import *
+
+FILE = Path(__file__).resolve().parent/'results'/'beyond.csv'
+
+class EarlyLearningCallback(JoCorCallback):
+    "The default, with early-learning regularisation of all items"
+    def __init__(self, weight=3., beta=.7, **kwargs):
+        super().__init__(rule='evidence', **kwargs)
+        self.weight,self.beta,self.means = weight,beta,None
+
+    def batch_loss(self, logits, targ, R):
+        loss,times,losses = super().batch_loss(logits, targ, R)
+        s = self.selection
+        if self.finding: return loss, times, losses
+        if self.means is None: self.means = torch.zeros(len(self.source), logits.shape[-1], device=s.device)
+        with torch.no_grad():
+            mean = self.means[s.idx].lerp(s.pred.exp(), 1-self.beta)
+            self.means[s.idx] = mean
+        p = hide(s.log_probs, s.evidence.hidden[s.idx]).exp()
+        away = (1-(p*mean).sum(-1)).clamp_min(1e-4).log().sum(0)
+        return loss+self.weight*away.mean(), times, losses
+
+class MixKeptCallback(JoCorCallback):
+    "The default, trained on mixtures of kept items"
+    def __init__(self, alpha=1., **kwargs):
+        super().__init__(rule='evidence', **kwargs)
+        self.share = torch.distributions.Beta(alpha, alpha)
+
+    def batch_loss(self, logits, targ, R):
+        loss,times,losses = super().batch_loss(logits, targ, R)
+        s,x = self.selection,self.xb[0]
+        if self.finding: return loss, times, losses
+        other = torch.multinomial(times, len(targ), replacement=True)
+        a = self.share.sample((len(targ),)).to(x)
+        a = torch.maximum(a, 1-a)
+        b = a.view(-1, *[1]*(x.ndim-1))
+        mixed = plain(first_output(self.model(b*x+(1-b)*x[other])))
+        hidden = s.evidence.hidden[s.idx]
+        shown = hide(hide(mixed, hidden), hidden[other])
+        lp = peer_log_probs(shown)
+        own,others = (self.joint_losses(shown, lp, y)[1] for y in (targ, targ[other]))
+        return (times*(a*own+(1-a)*others)).sum()/times.sum(), times, losses
+
+ways = dict(default=Method(callback=lambda tau: JoCorCallback(k=3)),
+            votes=Method(callback=lambda tau: JoCorCallback(k=3, plus='votes')),
+            elr=Method(callback=lambda tau: EarlyLearningCallback(k=3)),
+            mixup=Method(callback=lambda tau: MixKeptCallback(k=3)),
+            third=Method(callback=lambda tau: JoCorCallback(k=3, hidden=1/3)))
+everyday.methods.update(ways)
+tables['features10k'] = Data(features10k, feature_learner, 128, [], [])
+
+noises = 'symmetric 80', 'symmetric 50', 'worse', 'asymmetric 40', 'clean'
+cells = dict(small=[Cell('features10k', o, 10, 3e-3) for o in noises]
+             + [Cell('clothing', o, 15, 3e-3) for o in ('symmetric 60','symmetric 30','asymmetric 30')]
+             + [Cell('mnist', 'symmetric 80', 10, 3e-3)],
+             large=[Cell('features', o, 10, 3e-3) for o in noises])
+
+def rows(): return pd.read_csv(FILE) if FILE.exists() else pd.DataFrame(columns=KEY)
+
+def do_run(cell, name, seed, path):
+    "Run one row, print it, and add it to the file"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        row = everyday.run(cell, name, seed, path)
+    print(*cell, name, seed, f"{row['accuracy']:.2%}", flush=True)
+    FILE.parent.mkdir(exist_ok=True)
+    pd.DataFrame([row]).to_csv(FILE, mode='a', header=not FILE.exists(), index=False, float_format='%.5g')
+
+def summary(df):
+    "Mean accuracy in per cent, how far each way is from the default in the same seeds, and seeds"
+    acc = 100*df.pivot_table(index=[*KEY[:4],'seed'], columns='method', values='accuracy', sort=False)
+    gain = acc.sub(acc.default, axis=0).drop(columns='default').add_prefix('Δ ')
+    cell = acc.join(gain).groupby(level=KEY[:4], sort=False)
+    return cell.mean().join(cell.size().rename('seeds')).round(1)
+
+@call_parse
+def main(
+    path:str=os.environ.get('FASTAI_JOCOR_DATA', '.'), # Folder of the data
+    part:str='small', # `small`, or `large`: 50,000 features
+    seeds:str='0-2', # Seeds, as a range or one
+    data:str='', # Which data; all if empty
+    noise:str='', # Which noises; all if empty
+    only:str=','.join(ways), # Which ways
+    summary_only:bool=False # Print the table of what is there, and run nothing
+):
+    "Do the runs that are not done yet, and print the table"
+    torch.set_flush_denormal(True)
+    a,*b = map(int, seeds.split('-'))
+    wanted = lambda o, names: not names or o in names.split(',')
+    which = [c for c in cells[part] if wanted(c.data, data) and wanted(c.noise, noise)]
+    todo = [(c, m, s) for s in range(a, (b or [a])[0]+1) for c in which for m in only.split(',')]
+    done = {tuple(o) for o in rows()[KEY].itertuples(index=False)}
+    for c,m,s in [] if summary_only else todo:
+        if (*c, m, s) not in done: do_run(c, m, s, Path(path))
+    if len(rows()): print(summary(rows()).to_string())
