@@ -35,7 +35,8 @@ class JoCorCallback(PeersCallback):
         refresh:int=5, # Epochs from one computation of all losses to the next with `approx`, at least 1
         balance:float=0., # How far a schedule makes up for classes that have fallen behind, in [0, 1]
         rule:Literal['evidence','schedule']|None=None, # `None`: by the other arguments
-        hidden:float|None=None, # Share hidden from each peer, in [0, 1/k]; `None`: 0.1, or 1/k if less
+        hidden:float|None=None, # Share of items hidden from each peer, in [0, 1/k]; `None`: 0.1, or 1/k if less
+        plus:Literal['votes']|None=None, # `votes`: the peers' sure common votes are labels too, of rejected items above all
         without:tuple=(), # Names of parts of the evidence that are switched off, for research: `Evidence.parts`
         **kwargs # `models`, `init`, `seed`, `restart`, `select`, `rounding`, `first_epoch`: see `PeersCallback`
     ):
@@ -53,7 +54,7 @@ class JoCorCallback(PeersCallback):
         self.prune,self.refresh = prune,refresh
         self.balance,self.behind = balance,None
         self.rule,self.without,self.hidden = self._choose(rule),tuple(without),hidden
-        self.by_evidence = self.rule != 'schedule'
+        self.by_evidence,self.plus = self.rule != 'schedule',self._check_plus(plus)
         self.weigh = Weigh(self)
         self.parts.append(self.weigh)
         if prune: self.parts.append(Prune(self))
@@ -103,6 +104,17 @@ def _choose(self:JoCorCallback, rule):
         raise ValueError(f"{given[0]} is an argument of rule='schedule': leave it out, or pass rule='schedule'")
     own = [name for name in ('batch_loss','rate_of') if getattr(type(self), name) is not getattr(JoCorCallback, name)]
     return 'schedule' if given or own and rule is None else rule
+
+@patch
+def _check_plus(self:JoCorCallback, plus):
+    "Common votes need hidden labels, which tell how sure is sure enough"
+    check_choice('plus', plus, (None,'votes'))
+    if plus and self.rule == 'schedule':
+        raise ValueError(f"plus={plus!r} needs rule='evidence': leave out the arguments of a schedule")
+    if plus and self.hidden == 0:
+        raise ValueError(f"plus={plus!r} needs items that are hidden from a peer, and hidden=0 hides "
+                         "none: leave it out")
+    return plus
 
 # %% ../nbs/08_callback.ipynb #20107a43
 @patch(as_prop=True)
@@ -165,7 +177,8 @@ def told(self:JoCorCallback)->list: # Of texts
     "What `repr` tells: settings, and what is known so far"
     waits = self.co_lambda is None and self.by_evidence and self.evidence is None
     k,*rest = PeersCallback.told(self)
-    return [k, 'λ by evidence' if waits else f'λ={self.lam:.2g}', *rest]
+    plus = [f'plus={self.plus!r}'] if self.plus else []
+    return [k, 'λ by evidence' if waits else f'λ={self.lam:.2g}', *plus, *rest]
 
 # %% ../nbs/08_callback.ipynb #4247a83d
 @patch
@@ -195,6 +208,9 @@ def check_fit(self:JoCorCallback,
     if self.rule == 'evidence' and not can:
         raise ValueError("rule='evidence' needs one class an item and a fastai loader that tells which items it "
                          "gives: pass rule='schedule' and forget_rate, your guess of the share of wrong labels")
+    if self.plus and not can:
+        raise ValueError(f"plus={self.plus!r} needs one class an item and a fastai loader that tells "
+                         "which items it gives: leave it out")
     PeersCallback.check_fit(self, s)
     if self.balance and (s.multi_label or not s.tells):
         raise ValueError(f"balance={self.balance!r} compares the losses of items with the same "

@@ -45,6 +45,24 @@ def made_cassava(folder, n=36):
     pd.DataFrame(rows, columns=['image_id','label']).to_csv(folder/'train.csv', index=False)
     (folder/'label_num_to_disease_map.json').write_text(json.dumps({str(i): f'disease {i}' for i in range(5)}))
 
+def made_imagenette(folder, n_train=60, n_valid=20):
+    "Digits in the layout of Noisy Imagenette, half of the training labels wrong"
+    from sklearn.datasets import load_digits
+    data,rs,rows,folder = load_digits(),np.random.RandomState(0),[],folder/'imagenette2-160'
+    for c in range(10):
+        for i,im in enumerate(data.images[data.target==c][:n_train+n_valid]):
+            path = f"{'train' if i < n_train else 'val'}/n{c:08d}/{i}.JPEG"
+            picture(folder/path, im*15)
+            given = (c+rs.randint(1, 10))%10 if i < n_train and rs.rand() < .5 else c
+            rows.append((path, f'n{c:08d}', f'n{given:08d}', i >= n_train))
+    table = pd.DataFrame(rows, columns=['path','noisy_labels_0','noisy_labels_50','is_valid'])
+    table.to_csv(folder/'noisy_imagenette.csv', index=False)
+
+def made_data(slug, folder):
+    "What a notebook needs, in small"
+    makes = {'jocor-cassava-clean-labels': made_cassava, 'jocor-noisy-imagenette': made_imagenette}
+    makes.get(slug, made_cifar)(folder)
+
 def run(slug, inject):
     "Run a notebook with other parameters, as papermill would: the new values follow the cell tagged `parameters`"
     from fastcore.nbio import read_nb, mk_cell
@@ -56,16 +74,11 @@ def run(slug, inject):
     shell.run_all(nb, exc_stop=True)
     return ''.join(''.join(o.get('text', '')) for c in nb.cells for o in c.get('outputs', []))
 
-<<<<<<< HEAD
 # --- what a notebook says of itself
 
-def test_there_are_three():
-    assert SLUGS[:3] == ['jocor-cassava-clean-labels','jocor-cifar-10-quickstart','jocor-cifar-10n-human-labels']
-=======
 def test_there_are_four():
     assert SLUGS == ['jocor-cassava-clean-labels','jocor-cifar-10-quickstart','jocor-cifar-10n-human-labels',
                      'jocor-noisy-imagenette']
->>>>>>> beyond
 
 @pytest.mark.parametrize('slug', SLUGS)
 def test_metadata(slug):
@@ -160,25 +173,19 @@ def epochs_of(history):
     "Epochs that a run has noted"
     return pd.read_csv(history).epoch.tolist() if history.exists() else []
 
-<<<<<<< HEAD
 RUNS = {'jocor-cassava-clean-labels': ['plain','k2'], 'jocor-cifar-10-quickstart': ['k2','k3'],
-        'jocor-cifar-10n-human-labels': ['worse-plain','worse-k3']}
+        'jocor-cifar-10n-human-labels': ['worse-plain','worse-k3'],
+        'jocor-noisy-imagenette': ['4-plain','4-k3']}
 
 @pytest.mark.parametrize('slug', RUNS)
 def test_stops_in_time_and_goes_on(slug, tmp_path, monkeypatch):
     runs = RUNS[slug]
-=======
-RUNS = ['plain','k2'],['k2','k3'],['worse-plain','worse-k3'],['4-plain','4-k3']
-
-@pytest.mark.parametrize('slug,runs', list(zip(SLUGS, RUNS, strict=True)))
-def test_stops_in_time_and_goes_on(slug, runs, tmp_path, monkeypatch):
->>>>>>> beyond
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('MPLBACKEND', 'agg')
     monkeypatch.delenv('KAGGLE_KERNEL_RUN_TYPE', raising=False)
-    (made_cassava if 'cassava' in slug else made_cifar)(tmp_path/'data')
+    made_data(slug, tmp_path/'data')
     epochs = lambda name: epochs_of(tmp_path/'out'/'runs'/name/'history.csv')
-    part = '' if 'cassava' in slug else '; part,bs = None,32'
+    part = '; part,bs = None,32' if 'cifar' in slug else ''
     said = run(slug, f'epochs,hours = 4,0{part}')
     assert f'{runs[0]}: stopped after 1 of 4 epochs' in said and epochs(runs[0]) == [0] and epochs(runs[1]) == []
     assert not (tmp_path/'out'/'suspects.csv').exists()
@@ -198,11 +205,5 @@ def test_stops_in_time_and_goes_on(slug, runs, tmp_path, monkeypatch):
 @pytest.mark.parametrize('slug', RUNS)
 def test_says_what_to_attach(slug, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-<<<<<<< HEAD
-    with pytest.raises(FileNotFoundError, match='attach (CIFAR-10|the competition cassava)'):
-        run(slug, "short,inputs,out = False,'nothing','out'")
-=======
-    extra = '' if 'cassava' in slug else '\ninternet = False'
     with pytest.raises(FileNotFoundError, match='attach (CIFAR-10|Imagenette|the competition cassava)'):
-        run(slug, f"short,inputs,out = False,'nothing','out'{extra}")
->>>>>>> beyond
+        run(slug, "short,inputs,out = False,'nothing','out'")
