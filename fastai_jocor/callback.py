@@ -36,7 +36,7 @@ class JoCorCallback(PeersCallback):
         balance:float=0., # How far a schedule makes up for classes that have fallen behind, in [0, 1]
         rule:Literal['evidence','schedule']|None=None, # `None`: by the other arguments
         hidden:float|None=None, # Share of items hidden from each peer, in [0, 1/k]; `None`: 0.1, or 1/k if less
-        plus:Literal['votes']|None=None, # `votes`: the peers' sure common votes are labels too, of rejected items above all
+        plus:Literal['votes']|None=None, # `votes`: sure common votes are labels too, above all of rejected items
         without:tuple=(), # Names of parts of the evidence that are switched off, for research: `Evidence.parts`
         **kwargs # `models`, `init`, `seed`, `restart`, `select`, `rounding`, `first_epoch`: see `PeersCallback`
     ):
