@@ -91,7 +91,8 @@ def wheels(args):
     call(PYTHON, '-m', 'build', '--no-isolation', '--wheel', '--outdir', out, stdout=subprocess.DEVNULL)
     platform = '--platform=manylinux_2_28_x86_64','--platform=manylinux2014_x86_64','--only-binary=:all:','--no-deps'
     for python in settings('pythons'): # one of the wheels is compiled
-        call(PYTHON, '-m', 'pip', 'download', '-q', *platform, '--python-version', python, '-d', out, *settings('wheels'))
+        options = [*platform, '--python-version', python, '-d', out]
+        call(PYTHON, '-m', 'pip', 'download', '-q', *options, *settings('wheels'))
     about = dict(title='fastai_jocor wheels', id=f'{owner()}/fastai-jocor-wheels', licenses=[dict(name='other')])
     (out/'dataset-metadata.json').write_text(json.dumps(about, indent=2))
     for p in sorted(out.glob('*.whl')): print(p.relative_to(ROOT).as_posix())

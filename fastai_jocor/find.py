@@ -7,7 +7,7 @@ __all__ = ['nearest_of', 'LabelAudit', 'audit_labels']
 
 # %% ../nbs/16b_find.ipynb #769fcf81
 import numpy as np, pandas as pd
-from typing import Literal
+from typing import Any, Literal
 from scipy import special
 from fastai.basics import *
 from fastai.vision.data import get_grid

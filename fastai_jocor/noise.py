@@ -10,6 +10,7 @@ __all__ = ['cifar10_classes', 'cifar100_superclasses', 'cifar100_classes', 'asym
 import numpy as np, pandas as pd
 from copy import copy
 from numbers import Integral
+from typing import Any
 from fastai.basics import *
 from .losses import check_number
 from .transition import *
