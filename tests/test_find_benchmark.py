@@ -62,11 +62,11 @@ def few(find, monkeypatch, n=320):
     monkeypatch.setitem(find.tables, 'digits', find.tables['digits']._replace(source=lambda path, seed: d))
 
 def test_dry_run(find, monkeypatch, tmp_path):
-    few(find, monkeypatch)
+    few(find, monkeypatch, 400)
     ways = ['audit_3','ledger','neighbours','top_loss','fit_3']
     for way in ways: find.do_run(('digits','symmetric 20',0,way), tmp_path)
     t = find.rows().set_index('way')
-    assert list(t.index) == ways and (t['items'] == 320).all()
+    assert list(t.index) == ways and (t['items'] == 400).all()
     assert (t.average_precision > .8).all() and t.listed.notna().tolist() == [True,True,True,False,True]
     assert t.ece.notna().tolist() == [True,False,False,False,True]
     assert t.low.notna().tolist() == [True,True,False,False,True]
