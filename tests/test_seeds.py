@@ -5,7 +5,8 @@ from pathlib import Path
 from fastai.basics import CancelValidException, Callback, CrossEntropyLossFlat, DataLoaders, Learner, set_seed
 from fastai_jocor.all import CoTeachingCallback, CoTeachingPlusCallback, jocor_mlp, JoCorCallback
 from fastai_jocor.heads import fused_adam
-from fastai_jocor.lab.tables import epochs_to, holm, over_noises, paired_differences
+from fastai_jocor.lab.significance import epochs_to, holm, over_noises
+from fastai_jocor.lab.tables import paired_differences
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent

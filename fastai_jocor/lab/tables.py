@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['published', 'read_results', 'unfinished', 'mean_std', 'in_order', 'score_table', 'paired_differences',
-           'difference_table', 'references', 'holm', 'over_noises', 'epochs_to', 'clear_best', 'each_difference',
-           'compare', 'score_frame']
+           'difference_table', 'references', 'clear_best', 'each_difference', 'compare', 'score_frame']
 
 # %% ../../nbs/lab/04_tables.ipynb #8e900002
 import numpy as np, pandas as pd
@@ -151,14 +150,14 @@ def score_table(
         for name,row in rows.iterrows(): res.loc[f'{name} [{mark}]'] = list(row)
     return res.rename_axis(index='method', columns=None)
 
-# %% ../../nbs/lab/04_tables.ipynb #8e900035
+# %% ../../nbs/lab/04_tables.ipynb #1c4aaeba
 def paired_differences(
     df:pd.DataFrame, # Of `read_results`, one protocol
     reference:str, # Label of the method that is subtracted
     score:str='peer_accuracy', # A column of `df`
     confidence:float=.95 # Of the interval, in (0, 1)
 )->pd.DataFrame: # Points of percent: `difference`, interval from `low` to `high`; `better`: number of `seeds` above 0
-    "Compare each method with one of them over the seeds that both have; `effect` is in standard deviations, `p` Student's"
+    "Compare each method with one of them over the seeds that both have; `effect` is in standard deviations"
     if reference not in set(df.label):
         raise ValueError(f"reference={reference!r} is none of the methods: {', '.join(df.label.unique())}")
     if not 0 < confidence < 1: raise ValueError(f"confidence={confidence!r} must be in (0, 1)")
@@ -197,40 +196,6 @@ def references(
     "The methods to compare with: two and three peers with all terms of the contrast, else the first"
     found = [l for l in ('jocor k=2','jocor k=3') if l in set(df.label)]
     return found or [df.label.iloc[0]]
-
-# %% ../../nbs/lab/04_tables.ipynb #b4a96e37
-def holm(
-    p # Of a family of comparisons, in [0, 1]; NaN where there is none
-)->np.ndarray: # In [0, 1], in the same order
-    "Correct p-values for their number (Holm 1979)"
-    p = np.asarray(p, float)
-    order = p.argsort()[:np.isfinite(p).sum()]
-    raised = p[order]*np.arange(len(order), 0, -1)
-    res = np.full(len(p), np.nan)
-    res[order] = np.maximum.accumulate(raised).clip(max=1)
-    return res
-
-def over_noises(
-    df:pd.DataFrame, # Of `read_results`, one protocol
-    labels:list, # Labels of the methods to compare
-    scores:list # Columns of `df` to take the mean of
-)->pd.DataFrame: # A row a method and seed, with the noise `all N kinds`
-    "Take the mean over the kinds of noise that all of some methods have, for seeds that have all of them"
-    some = df[df.label.isin(labels)].dropna(subset=scores)
-    some = some[some.groupby('noise').label.transform('nunique') == len(set(labels))]
-    n = some.noise.nunique()
-    runs = some.groupby(['label','seed','rank','nets'], as_index=False)
-    return runs[scores].mean()[(runs.size()['size'] == n).values].assign(noise=f'all {n} kinds')
-
-def epochs_to(
-    curve, # Accuracy after each epoch
-    level:float # In the same unit
-)->float: # At least 1, between epochs where it is passed there; NaN if it is never reached
-    "Count the epochs until an accuracy is reached for the first time"
-    curve = np.asarray(curve, float)
-    if not (curve >= level).any(): return np.nan
-    i = int((curve >= level).argmax())
-    return float(i + (level-curve[i-1])/(curve[i]-curve[i-1])) if i else 1.
 
 # %% ../../nbs/lab/04_tables.ipynb #8e900041
 def clear_best(
