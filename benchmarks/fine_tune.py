@@ -8,7 +8,8 @@ A thousand photographs are trained on, unless `--n` says otherwise. Three heads 
 sees, each without a third of the labels, and go back on the body. Each other row of results/fine_tune.csv goes on from
 there, with the body trained too, for `epochs` epochs at one cycle's largest rates `body_lr` and `head_lr`. `callback`
 is the heads' own, which goes on with what it knows of the labels, or a new one. Accuracies are on the test set, of the
-mean of the three and of each alone. The body is trained in bfloat16.
+mean of the three and of each alone. The body is trained in bfloat16. `averages` says whether batch normalisation keeps
+the averages that the body came with.
 """
 import os, time, warnings, numpy as np, pandas as pd, torch
 from collections import namedtuple
@@ -17,15 +18,16 @@ from fastcore.script import call_parse
 from fastai.basics import *
 from fastai.vision.all import ChannelsLast
 from fastai_jocor.all import AutocastBF16, JoCorCallback
-from fastai_jocor.judge import fit_heads, NoValidation, peer_log_probs
+from fastai_jocor.judge import fit_heads, KeepAverages, NoValidation, peer_log_probs
 from fastai_jocor.features import given_labels as labels_of
 from fastai_jocor.peers import copied
 import everyday_data
 from everyday_data import _some, clothing_photos, given_labels, photo_learner
 
 FILE = Path(__file__).resolve().parent/'results'/'fine_tune.csv'
-Way = namedtuple('Way', 'epochs body_lr head_lr callback', defaults=['heads'])
-ways = [Way(0, 0., 0.), Way(1, 1e-5, 1e-4), Way(1, 1e-5, 1e-3, 'new'), Way(1, 1e-4, 1e-4)]
+Way = namedtuple('Way', 'epochs body_lr head_lr callback averages', defaults=['heads','kept'])
+ways = [Way(0, 0., 0.), Way(1, 1e-5, 1e-4), Way(1, 1e-5, 1e-4, averages='moved'), Way(1, 1e-4, 1e-4),
+        Way(1, 1e-5, 1e-3, 'new')]
 KEY = [*Way._fields,'seed','items']
 
 def accuracies(learn):
@@ -45,7 +47,7 @@ def tuned(learn, heads, state, way, seed):
     whole = on_body(learn, heads)
     cb = JoCorCallback(k=3, hidden=1/3, seed=seed, rule='evidence')
     if way.callback == 'heads': cb = state
-    cbs = [cb, NoValidation(), ChannelsLast(), AutocastBF16()]
+    cbs = [cb, NoValidation(), ChannelsLast(), AutocastBF16(), *[KeepAverages()]*(way.averages == 'kept')]
     with whole.no_bar(), whole.no_logging():
         whole.fit_one_cycle(way.epochs, slice(way.body_lr, way.head_lr), cbs=cbs)
     return whole
