@@ -1,4 +1,4 @@
-"""Past JoCoR: do common votes, early-learning regularisation, mixup, or more hidden labels beat the default?
+"""Past JoCoR: do common votes, early-learning regularisation or mixup beat the default?
 
     python benchmarks/beyond.py --path FOLDER               # all rows that are missing
     python benchmarks/beyond.py --path FOLDER --part large  # 50,000 features
@@ -11,8 +11,7 @@ Each row of results/beyond.csv is one run. Rows that are there are not run again
 - `votes` is `JoCorCallback(k=3, plus='votes')`;
 - `elr`: early-learning regularisation (Liu et al. 2020) beside the default. Each item has a running mean of the
   peers' mean probability (beta 0.7), from which no prediction should move away (weight 3: the paper's for CIFAR-10);
-- `mixup`: the kept items are mixed with one another after selection (Zhang et al. 2018), in a second forward pass;
-- `third` is `JoCorCallback(k=3, hidden=1/3)`: each label is hidden from one of the peers.
+- `mixup`: the kept items are mixed with one another after selection (Zhang et al. 2018), in a second forward pass.
 """
 import os, warnings, pandas as pd, torch
 from pathlib import Path
@@ -70,8 +69,7 @@ class MixKeptCallback(JoCorCallback):
 ways = dict(default=Method(callback=lambda tau: JoCorCallback(k=3)),
             votes=Method(callback=lambda tau: JoCorCallback(k=3, plus='votes')),
             elr=Method(callback=lambda tau: EarlyLearningCallback(k=3)),
-            mixup=Method(callback=lambda tau: MixKeptCallback(k=3)),
-            third=Method(callback=lambda tau: JoCorCallback(k=3, hidden=1/3)))
+            mixup=Method(callback=lambda tau: MixKeptCallback(k=3)))
 everyday.methods.update(ways)
 tables['features10k'] = Data(features10k, feature_learner, 128, [], [])
 
