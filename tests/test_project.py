@@ -113,7 +113,7 @@ def test_notebooks_that_need_data_are_told_from_the_others(capsys, monkeypatch):
 def test_links_of_the_readme_work_anywhere():
     s = sync_settings.read_settings()
     pages = {docs.page_of(p.relative_to(docs.NBS).as_posix()) for p in NOTEBOOKS}
-    raw = f"https://raw.githubusercontent.com/{s['user']}/{s['repo']}/{s['branch']}/"
+    raw = s['git_url'].replace('//github.com', '//raw.githubusercontent.com') + f"/{s['branch']}/"
     links = re.findall(r'\]\(([^)\s]+)\)', docs.readme())
     assert all(o.startswith('https://') for o in links)
     ours = [o.partition('#')[0].removeprefix(s['doc_url']) for o in links if o.startswith(s['doc_url'])]

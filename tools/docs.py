@@ -71,7 +71,8 @@ def absolute(link):
     "A link of the home page as it works anywhere, such as on a package index"
     s = sync_settings.read_settings()
     if not link.startswith('images/'): return s['doc_url'] + page_of(link)
-    return f"https://raw.githubusercontent.com/{s['user']}/{s['repo']}/{s['branch']}/nbs/{link}"
+    raw = s['git_url'].replace('//github.com', '//raw.githubusercontent.com')
+    return f"{raw}/{s['branch']}/nbs/{link}"
 
 def badges():
     s = sync_settings.read_settings()
