@@ -37,4 +37,5 @@ __all__ = ['joint_loss', 'peer_contrast', 'peer_losses', 'plain_lambda', 'defaul
            'Symmetric', 'Transition', 'InstanceDependent', 'HumanLabels', 'ColumnLabels', 'make_noise',
            'NoisyCategoryBlock', 'show_flipped', 'load_ledger', 'read_table', 'save_ledger', 'write_table',
            'rank_suspects', 'cleaned', 'feature_dls', 'feature_learner', 'audit_labels', 'LabelAudit',
-           'CropFlip', 'InMemoryDataLoaders', 'cifar100_dls', 'cifar10_dls', 'digits_dls', 'jocor_cnn', 'jocor_mlp', 'mnist_dls']
+           'CropFlip', 'InMemoryDataLoaders', 'cifar100_dls', 'cifar10_dls', 'digits_dls', 'jocor_cnn', 'jocor_mlp',
+           'mnist_dls']
