@@ -35,7 +35,8 @@ def _step(part, loss, pred, yb):
     learn,owner,s = part.learn,part.owner,part.learn.selection
     gpu = FakeGPU()
     gpu.old.append((vars(learn), dict(vars(learn))))
-    for o in (s, owner.record.sightings, s.evidence, owner.items):
+    untold = None if s.evidence is None else s.evidence.untold
+    for o in (s, owner.record.sightings, s.evidence, untold, owner.items):
         if o is not None: gpu.move(vars(o))
     for f in (s.per_sample, s.unweighted):
         ce = cross_entropy_of(f.args[0]) if f is not None and f.args else None

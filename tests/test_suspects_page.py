@@ -21,7 +21,7 @@ class Browser(website.Chrome):
     "A browser that is used by keys"
     def see(self, page, width=1280, dark=False):
         "Open a page and return what the console says and how wide it is"
-        messages,wide,_ = self.visit(Path(page).as_uri(), width, dark)
+        messages,wide,*_ = self.visit(Path(page).as_uri(), width, dark)
         return messages,wide
 
     def js(self, expression):
