@@ -279,7 +279,8 @@ def test_a_report_fits_a_phone(ranked):
         f.write_text(json.dumps(json.loads(f.read_text()) | dict(name='a_long_name_'*20)))
     jocor_report(str(ranked))
     found = website.look(ranked/'report', only=['report.html'])
-    assert [o for o in found if not re.search('is cut off on a screen of [0-9]+: table', o)] == [] # these scroll in a frame
+    in_a_frame = 'is cut off on a screen of [0-9]+: table' # where it scrolls
+    assert [o for o in found if not re.search(in_a_frame, o)] == []
 
 def test_best_epoch_stands_apart(results):
     blocks = list(report_blocks(read_results(results[0])))
