@@ -7,7 +7,7 @@ from fastai.text.all import TextBlock, pad_input
 from fastai.vision.all import CategoryBlock, ChannelsLast, ColReader, ColSplitter, DataBlock, ImageBlock
 from fastai.vision.all import get_image_files, IndexSplitter, Resize, ResizeMethod, vision_learner
 from torch.utils.data import TensorDataset
-from fastai_jocor.all import Asymmetric, cifar10_dls, InMemoryDataLoaders, InstanceDependent, Symmetric
+from fastai_jocor.all import Asymmetric, AutocastBF16, cifar10_dls, InMemoryDataLoaders, InstanceDependent, Symmetric
 from fastai_jocor.all import jocor_cnn, jocor_mlp, mnist_dls
 
 # The data: arrays of inputs and true labels; `human` holds label sets that people gave to the training items
@@ -139,7 +139,7 @@ def image_learner(d, y, bs, **kwargs):
     n = len(y)
     x,labels = np.concatenate([d.x, d.x_test]),np.concatenate([y, d.y_test])
     dls = InMemoryDataLoaders.from_arrays(x, labels, d.names, train=np.arange(n), valid=np.arange(n, len(x)), bs=bs)
-    if x.ndim == 4: return Learner(dls, jocor_cnn(len(d.names)), cbs=ChannelsLast(), **kwargs)
+    if x.ndim == 4: return Learner(dls, jocor_cnn(len(d.names)), cbs=[ChannelsLast(), AutocastBF16()], **kwargs)
     return Learner(dls, jocor_mlp(len(d.names), x[0].size), **kwargs)
 
 def feature_learner(d, y, bs, **kwargs):
@@ -179,4 +179,5 @@ def photo_learner(d, y, bs, size=96, **kwargs):
                       item_tfms=Resize(size, ResizeMethod.Squish))
     dls = block.dataloaders(list(range(len(x))), bs=bs, num_workers=0)
     if WEIGHTS: kwargs['pretrained_cfg_overlay'] = dict(file=WEIGHTS)
-    return vision_learner(dls, 'tf_efficientnet_lite0', loss_func=kwargs.pop('loss_func', None), **kwargs)
+    return vision_learner(dls, 'tf_efficientnet_lite0', loss_func=kwargs.pop('loss_func', None),
+                          cbs=ChannelsLast(), **kwargs)

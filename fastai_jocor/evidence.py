@@ -42,7 +42,7 @@ def protection(
     labels:Tensor # Running share of each given label, shape (C,)
 )->Tensor: # Shape (C,), in [0, 1]: 0 protects a label altogether
     "How much margins against each label count"
-    return ((votes/labels.clamp_min(1e-6)-.25)/.5).clamp(0, 1)
+    return ((votes/labels.clamp_min(1e-6)-.1)/.3).clamp(0, 1)
 
 # %% ../nbs/03e_evidence.ipynb #ea4ddfb5
 def keep_by_margin(
@@ -235,7 +235,7 @@ def next_brake(
     now,before = e.rows[-1],e.rows[max(len(e.rows)-3, 0)]
     growth = max(0., now['out']-before['out']) if e.has('growth') else 0.
     press = max(0., now['inside']-now['out']-.01-1.5*growth)
-    return min(e.U, e.brake+min(.25, 2*press))
+    return min(e.U, e.brake+min(.25, 2*press*now['n']/(now['n']+100)))
 
 def estimate_from(
     e:Evidence, # After an epoch or more

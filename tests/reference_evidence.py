@@ -58,7 +58,7 @@ class Rule:
             now = self.margin_of(p_i, y_i)
             self.margin[i] = (self.margin[i]+now)/2 if i in self.margin else now
             share = self.votes[y_i]/max(self.labels[y_i], 1e-6)
-            by.append(self.margin[i]*np.clip((share-.25)/.5, 0, 1))
+            by.append(self.margin[i]*np.clip((share-.1)/.3, 0, 1))
         return by
 
     def keep(self, by, idx):
@@ -97,7 +97,7 @@ class Rule:
             now,before = self.rows[-1],self.rows[max(len(self.rows)-3, 0)]
             growth = max(now['out']-before['out'], 0)
             press = max(now['inside']-now['out']-.01-1.5*growth, 0)
-            self.brake = min(self.U, self.brake+min(.25, 2*press))
+            self.brake = min(self.U, self.brake+min(.25, 2*press*len(hidden)/(len(hidden)+100)))
         return self.best['low'],self.best['high']
 
 def wrong(hidden, out, alike):
