@@ -58,7 +58,9 @@ class Rule:
             now = self.margin_of(p_i, y_i)
             self.margin[i] = (self.margin[i]+now)/2 if i in self.margin else now
             share = self.votes[y_i]/max(self.labels[y_i], 1e-6)
-            by.append(self.margin[i]*np.clip((share-.1)/.3, 0, 1))
+            common = np.clip((self.labels[y_i]*self.C-.4)/.2, 0, 1)
+            least,enough = .25-.15*common,.75-.35*common
+            by.append(self.margin[i]*np.clip((share-least)/(enough-least), 0, 1))
         return by
 
     def keep(self, by, idx):

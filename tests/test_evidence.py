@@ -106,7 +106,10 @@ shares = st.lists(st.floats(0, 1), min_size=5, max_size=5).map(torch.tensor)
 def test_protection(votes, labels):
     o = protection(votes, labels)
     assert ((o >= 0) & (o <= 1)).all() and (protection(votes+.1, labels) >= o).all()
-    assert (o[votes < .099*labels] == 0).all() and (o[(votes > .401*labels) & (labels > 1e-5)] == 1).all()
+    rare,common = labels < .4/5,labels > .6/5+1e-6
+    assert (o[rare & (votes < .249*labels)] == 0).all() and (o[common & (votes < .099*labels)] == 0).all()
+    assert (o[common & (votes > .401*labels)] == 1).all() and (o[(votes > .751*labels) & (labels > 1e-5)] == 1).all()
+    assert (o[rare & (votes < .749*labels) & (labels > 1e-5)] < 1).all()
 
 @given(U=st.floats(0, 1), more=st.floats(0, 1))
 def test_margin_threshold(U, more):
