@@ -2,7 +2,7 @@
 
     python benchmarks/beyond.py --path FOLDER               # all rows that are missing
     python benchmarks/beyond.py --path FOLDER --part large  # 50,000 features
-    python benchmarks/beyond.py --summary_only
+    python benchmarks/beyond.py --summary-only
 
 FOLDER and the data are those of everyday.py, whose learners are trained here, too; no method is told a noise rate.
 Each row of results/beyond.csv is one run. Rows that are there are not run again. With three peers each:
@@ -13,7 +13,7 @@ Each row of results/beyond.csv is one run. Rows that are there are not run again
   peers' mean probability (beta 0.7), from which no prediction should move away (weight 3: the paper's for CIFAR-10);
 - `mixup`: the kept items are mixed with one another after selection (Zhang et al. 2018), in a second forward pass.
 """
-import os, warnings, pandas as pd, torch
+import os, torch
 from pathlib import Path
 from fastcore.script import call_parse
 from fastai.basics import *
@@ -22,7 +22,7 @@ from fastai_jocor.evidence import hide
 from fastai_jocor.losses import peer_log_probs
 from fastai_jocor.per_sample import first_output, plain
 import everyday
-from everyday import Cell, Data, KEY, Method, tables
+from everyday import Cell, Data, do_run, KEY, Method, rows, tables
 from everyday_data import *
 
 FILE = Path(__file__).resolve().parent/'results'/'beyond.csv'
@@ -79,17 +79,6 @@ cells = dict(small=[Cell('features10k', o, 10, 3e-3) for o in noises]
              + [Cell('mnist', 'symmetric 80', 10, 3e-3)],
              large=[Cell('features', o, 10, 3e-3) for o in noises])
 
-def rows(): return pd.read_csv(FILE) if FILE.exists() else pd.DataFrame(columns=KEY)
-
-def do_run(cell, name, seed, path):
-    "Run one row, print it, and add it to the file"
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        row = everyday.run(cell, name, seed, path)
-    print(*cell, name, seed, f"{row['accuracy']:.2%}", flush=True)
-    FILE.parent.mkdir(exist_ok=True)
-    pd.DataFrame([row]).to_csv(FILE, mode='a', header=not FILE.exists(), index=False, float_format='%.5g')
-
 def summary(df):
     "Mean accuracy in per cent, how far each way is from the default in the same seeds, and seeds"
     acc = 100*df.pivot_table(index=[*KEY[:4],'seed'], columns='method', values='accuracy', sort=False)
@@ -113,7 +102,7 @@ def main(
     wanted = lambda o, names: not names or o in names.split(',')
     which = [c for c in cells[part] if wanted(c.data, data) and wanted(c.noise, noise)]
     todo = [(c, m, s) for s in range(a, (b or [a])[0]+1) for c in which for m in only.split(',')]
-    done = {tuple(o) for o in rows()[KEY].itertuples(index=False)}
+    done = {tuple(o) for o in rows(FILE)[KEY].itertuples(index=False)}
     for c,m,s in [] if summary_only else todo:
-        if (*c, m, s) not in done: do_run(c, m, s, Path(path))
-    if len(rows()): print(summary(rows()).to_string())
+        if (*c, m, s) not in done: do_run((*c, m, s), Path(path), FILE)
+    if len(rows(FILE)): print(summary(rows(FILE)).to_string())

@@ -146,18 +146,18 @@ def cells(part, only):
         for epochs,lr in t.schedules:
             for noise in t.noises: yield Cell(name, noise, epochs, lr)
 
-def rows(): return pd.read_csv(FILE) if FILE.exists() else pd.DataFrame(columns=KEY)
+def rows(file=FILE): return pd.read_csv(file) if file.exists() else pd.DataFrame(columns=KEY)
 
-def do_run(key, path):
-    "Run one row, print it, and add it to the file; a folder without the data is named"
+def do_run(key, path, file=FILE):
+    "Run one row, print it, and add it to a file; a folder without the data is named"
     *cell,name,seed = key
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try: row = run(Cell(*cell), name, seed, path)
         except FileNotFoundError as e: return print(f'{cell[0]} is left out: {e}', flush=True)
     print({k: round(v, 4) if isinstance(v, float) else v for k,v in row.items()}, flush=True)
-    FILE.parent.mkdir(exist_ok=True)
-    pd.DataFrame([row]).to_csv(FILE, mode='a', header=not FILE.exists(), index=False, float_format='%.5g')
+    file.parent.mkdir(exist_ok=True)
+    pd.DataFrame([row]).to_csv(file, mode='a', header=not file.exists(), index=False, float_format='%.5g')
 
 def summary(df):
     "Mean accuracy in per cent by cell and method, and how far each is from plain"
