@@ -18,6 +18,8 @@ def site(tmp_path_factory):
 
 def test_pages_of_the_site(site):
     assert list(website.problems(site)) == []
+    named_alike = [o for p in website.pages(site).values() for o in p.links if '//fastcore.fast.ai' in o]
+    assert not named_alike, 'nbdev took a name in backticks for a function of fastcore: word it otherwise'
     final = website.final_names(ROOT/'_proc')
     page = lambda p: Path(final[p.relative_to(NBS).as_posix()]).with_suffix('.html').as_posix()
     names = {page(p) for p in docs.notebooks()}

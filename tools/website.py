@@ -26,8 +26,8 @@ OF_QUARTO = re.compile('format-links|format commonmark is not built|output-file 
 def process():
     "Run nbdev's own processing of the notebooks, afresh, and return its folder"
     shutil.rmtree(ROOT/'_proc', ignore_errors=True)
-    code = ('import sys; sys.path.insert(0, "tools"); from nbdev.quarto import refresh_quarto_yml; from nbdev.serve import proc_nbs; '
-            'refresh_quarto_yml(); proc_nbs(n_workers=0, force=True)')
+    code = ('import sys; sys.path.insert(0, "tools"); from nbdev.quarto import refresh_quarto_yml; '
+            'from nbdev.serve import proc_nbs; refresh_quarto_yml(); proc_nbs(n_workers=0, force=True)')
     kwargs = dict(cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'MPLBACKEND': 'agg'})
     p = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], **kwargs)
     if p.returncode: raise RuntimeError(f'nbdev cannot process the notebooks:\n{p.stderr[-2000:]}')
