@@ -36,7 +36,7 @@ class JoCorCallback(PeersCallback):
         k:int=2, # Number of peers, at least 1; 1: small-loss training of a single network
         co_lambda:float|None=None, # Weight λ of the contrast, in [0, 1]; `None`: found in training, or 0.8
         forget_rate:float|str|None=None, # Share τ of wrong labels, in [0, 1); `None`, `auto`: found in training
-        contrast:Contrast='kl', # How far peers disagree: `kl` or `ce`, between all of them or round a circle
+        contrast:Contrast='kl', # How disagreement is measured, between all pairs of peers or in a circle
         num_gradual:int|None=None, # Schedule: epochs until R reaches τ; `None`: see `default_num_gradual`
         exponent:float=1., # Schedule: exponent c > 0, the rise ends at τ**c
         prune:Literal['exact','approx']|None=None, # Schedule: skip work for dropped items; `None`: skip none
@@ -138,7 +138,7 @@ def joint_losses(self:JoCorCallback,
     log_probs:Tensor, # Their log-probabilities, shape (k, N, C)
     targ:Tensor # Given labels, shape (N,)
 )->tuple: # Two losses per item, shape (N,) each: to compare items by, and, with class weights, to train by
-    "The joint loss (JoCoR, equation 1), without and with class weights"
+    "The joint loss (JoCoR, equations 1 to 4), without and with class weights"
     s,lam = self.selection,self.lam
     ranked = joint_loss(logits, targ, lam, self.contrast, s.unweighted, log_probs)
     if s.weight is None: return ranked, ranked
