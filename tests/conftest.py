@@ -28,9 +28,9 @@ def default_of(module):
 def all_modules(tmp_path_factory):
     default_device(DEVICE == 'cuda')
     leaks.import_all()
-    features = tmp_path_factory.mktemp('features')
+    cache = tmp_path_factory.mktemp('cache')
     with pytest.MonkeyPatch.context() as patch: # no test writes into the user's cache
-        patch.setattr('fastai_jocor.features.feature_folder', lambda: features)
+        patch.setattr('fastai_jocor.features.xdg_cache_home', lambda: cache)
         yield
 
 @pytest.fixture(autouse=True)

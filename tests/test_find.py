@@ -38,10 +38,9 @@ def audited(pictures):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    "The usual place for features, which `conftest` moves, in a cache of the test's own"
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
-    monkeypatch.setattr('fastai_jocor.features.feature_folder', feature_folder)
-    return tmp_path/'cache'/'fastai_jocor'/'features'
+    "Where features are kept, in a cache of the test's own"
+    monkeypatch.setattr('fastai_jocor.features.xdg_cache_home', lambda: tmp_path/'cache')
+    return feature_folder()
 
 def files_in(folder): return sorted(folder.glob('*.npy'))
 
