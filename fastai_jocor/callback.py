@@ -36,7 +36,7 @@ class JoCorCallback(PeersCallback):
         k:int=2, # Number of peers, at least 1; 1: small-loss training of a single network
         co_lambda:float|None=None, # Weight λ of the contrast, in [0, 1]; `None`: found in training, or 0.8
         forget_rate:float|str|None=None, # Share τ of wrong labels, in [0, 1); `None`, `auto`: found in training
-        contrast:Contrast='kl', # How disagreement is measured, between all pairs of peers or in a circle
+        contrast:Contrast='kl', # Disagreement over all pairs of peers, or in a circle
         num_gradual:int|None=None, # Schedule: epochs until R reaches τ; `None`: see `default_num_gradual`
         exponent:float=1., # Schedule: exponent c > 0, the rise ends at τ**c
         prune:Literal['exact','approx']|None=None, # Schedule: skip work for dropped items; `None`: skip none
