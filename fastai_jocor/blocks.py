@@ -27,9 +27,9 @@ _written = ("none, symmetric:0.2, pairflip:0.2, asymmetric:0.2, asymmetric:0.2:m
             "or human:worse:FILE; :exact at the end fixes the count")
 
 def make_noise(
-    noise # A noise model, its name in text, or `None`
+    noise # A noise model, its name such as `symmetric:0.2`, or `None`
 )->LabelNoise|None: # A noise model, or `None` for no noise
-    "Return the noise model that a text names, or raise a `ValueError`"
+    "Return the noise model that a name stands for; a `ValueError` if it stands for none"
     if noise is None or noise == 'none': return None
     if isinstance(noise, LabelNoise): return noise
     name,_,rest = noise.partition(':') if isinstance(noise, str) else ('','','')
@@ -47,10 +47,10 @@ def make_noise(
 
 # %% ../nbs/12_blocks.ipynb #12e84b05
 def item_key(
-    o, # An item: number, path, string, row of a `DataFrame`, array, tensor, or tuple, list or dictionary of these
-    root:str='' # Folder to which paths are taken relative, so that a data set can move
-)->int|str: # An integer or a string
-    "Return what identifies an item, the same in every process"
+    o, # A number, path, string, row of a `DataFrame`, array, tensor or picture, or a tuple, list or `dict` of these
+    root:str='' # Paths are taken relative to this folder, so that a data set can be moved
+)->int|str: # A number or string as it is, else a hash
+    "Return what identifies an item, the same in every process; a `ValueError` for other types"
     if isinstance(o, (int,np.integer)): return int(o)
     if isinstance(o, os.PathLike): return Path(os.path.relpath(o, root) if root else o).as_posix()
     if isinstance(o, str): return o
@@ -85,14 +85,14 @@ class _ItemNote(Transform):
 def _identity(o, inputs): return o[:-1] if inputs and isinstance(o, (tuple,list)) else o
 
 class NoisyLabel(DisplayedTransform):
-    "Give each training item the label that was drawn for it; other items keep theirs. The record is at `noise`"
+    "Give each training item the label that was drawn for it; other items keep theirs"
     order,split_idx = 3,0
     def __init__(self,
         labels:dict, # From an item's key to its given label
-        noise:NoiseRecord, # The record of the corruption
+        noise:NoiseRecord, # What was flipped
         note, # The first step of the pipeline, which knows the item that is being read
-        root:str='', # Folder to which paths are taken relative
-        inputs:bool=False # Whether the last entry of an item is its label, and does not identify it
+        root:str='', # Paths are taken relative to this folder
+        inputs:bool=False # Whether items are tuples whose last entry, the label, does not identify them
     ): self.labels,self.noise,self.note,self.root,self.inputs = labels,noise,note,root,inputs
     def encodes(self, o:TensorCategory):
         key = item_key(_identity(self.note.item, self.inputs), self.root)
@@ -161,13 +161,13 @@ def _root(items):
     return os.path.commonpath(paths) if paths else ''
 
 def NoisyCategoryBlock(
-    noise, # Noise model, such as `Symmetric(0.2)`, or its name, such as `symmetric:0.2`
-    seed:int=0, # Seed of the draw
-    vocab:Sequence|None=None, # List of unique class names
+    noise, # Noise model, such as `Symmetric(0.2)`, or its name, such as `symmetric:0.2`; else a `ValueError`
+    seed:int=0, # Seed of the random draw
+    vocab:Sequence|None=None, # Class names; `None`: those of the data
     sort:bool=True, # Sort the classes alphabetically
-    add_na:bool=False # Add `#na#` to `vocab`
+    add_na:bool=False # Add `#na#`, for missing labels, to the classes
 )->TransformBlock: # For the `blocks` of a `DataBlock`
-    "`CategoryBlock` whose training labels are corrupted once and for good; the record is at `dls.noise`"
+    "A `CategoryBlock` that corrupts training labels, each once and for good; `dls.noise` is the record"
     noise = make_noise(noise)
     if noise is None: return CategoryBlock(vocab=vocab, sort=sort, add_na=add_na)
     note,code = _ItemNote(),Categorize(vocab=vocab, sort=sort, add_na=add_na)
@@ -175,17 +175,17 @@ def NoisyCategoryBlock(
 
 # %% ../nbs/12_blocks.ipynb #17d773af
 class FlippedLabel(Category):
-    "A given label that is wrong, shown with the true one"
+    "A wrong label, shown in red with the true one"
     def show(self, ctx=None, **kwargs):
         return show_title(str(self), ctx=ctx, **merge(self._show_args, kwargs, dict(color='tab:red')))
 
 def show_flipped(
-    dls, # `DataLoaders` with corrupted labels, or their training loader
-    max_n:int=9, # Maximum number of items to show
-    ctxs:Sequence|None=None, # List of objects on which to show the items, such as axes
+    dls, # `DataLoaders` with corrupted labels, or their training loader; else a `ValueError`
+    max_n:int=9, # Show at most so many items
+    ctxs:Sequence|None=None, # Where to show the items, such as axes; `None`: in new ones
     **kwargs # To fastai's `show_batch`
 )->None:
-    "Show training items as `show_batch` does, with flipped labels in red and the true ones below"
+    "Show training items as `show_batch` does, with wrong labels in red and the true ones below"
     dl = dls.train if isinstance(dls, DataLoaders) else dls
     rec = _record_of(dl)
     idxs = [int(i) for i in itertools.islice(dl.get_idxs(), max_n)]

@@ -23,21 +23,29 @@ from .weigh import Weigh
 # %% ../nbs/08_callback.ipynb #bbf1fb56
 @delegates()
 class JoCorCallback(PeersCallback):
-    "Train k peers by one joint loss, on the items whose labels look right (JoCoR, Wei et al. 2020)"
+    """Train k networks together on the items whose labels look right (JoCoR, Wei et al., CVPR 2020)
+
+    `learn.fit_one_cycle(10, cbs=(cb := JoCorCallback(k=3)))` turns the learner's model into three peers and
+    trains them by one joint loss: fit the labels, and agree. `cb.suspects()` lists the labels that look wrong.
+    With `rule='schedule'` and no `forget_rate`, τ is the noise rate of `dls.noise`, where there is one.
+
+    Bad arguments raise a `ValueError` or a `TypeError` here; data that cannot be used do so before training.
+    All details: https://fastai-jocor.github.io/fastai_jocor/reference/jocor_callback.html
+    """
     def __init__(self,
-        k:int=2, # Number of peers, at least 1; 1 is small-loss training of a single network
-        co_lambda:float|None=None, # Weight λ of the contrast, in [0, 1]; `None`: by evidence, or 0.8
-        forget_rate:float|str|None=None, # τ, share of wrong labels; `None` or `auto`: found in training
-        contrast:Contrast='kl', # `kl`, `kl_circular`, `ce` or `ce_circular`
-        num_gradual:int|None=None, # Epochs of a schedule's rise; `None`: see `default_num_gradual`
-        exponent:float=1., # Exponent c > 0 of a schedule: the rise ends at τ**c
-        prune:Literal['exact','approx']|None=None, # Leave out what is thrown away; `None` computes all
-        refresh:int=5, # Epochs from one computation of all losses to the next with `approx`, at least 1
-        balance:float=0., # How far a schedule makes up for classes that have fallen behind, in [0, 1]
-        rule:Literal['evidence','schedule']|None=None, # `None`: by the other arguments
-        hidden:float|None=None, # Share of items hidden from each peer, in [0, 1/k]; `None`: 0.1, or 1/k if less
-        plus:Literal['votes']|None=None, # `votes`: sure common votes are labels too, above all of rejected items
-        without:tuple=(), # Names of parts of the evidence that are switched off, for research: `Evidence.parts`
+        k:int=2, # Number of peers, at least 1; 1: small-loss training of a single network
+        co_lambda:float|None=None, # Weight λ of the contrast, in [0, 1]; `None`: found in training, or 0.8
+        forget_rate:float|str|None=None, # Share τ of wrong labels, in [0, 1); `None`, `auto`: found in training
+        contrast:Contrast='kl', # Disagreement over all pairs of peers, or in a circle
+        num_gradual:int|None=None, # Schedule: epochs until R reaches τ; `None`: see `default_num_gradual`
+        exponent:float=1., # Schedule: exponent c > 0, the rise ends at τ**c
+        prune:Literal['exact','approx']|None=None, # Schedule: skip work for dropped items; `None`: skip none
+        refresh:int=5, # With `prune='approx'`: all losses are computed every so many epochs, at least 1
+        balance:float=0., # Schedule: how far to make up for classes that have fallen behind, in [0, 1]
+        rule:Literal['evidence','schedule']|None=None, # `None`: `schedule` if one of its arguments is given
+        hidden:float|None=None, # Share of labels hidden from each peer, in [0, 1/k]; `None`: 0.1, or 1/k if less
+        plus:Literal['votes']|None=None, # `votes`: train on sure common votes too, above all of rejected items
+        without:tuple=(), # For research: names of `Evidence.parts` to switch off
         **kwargs # `models`, `init`, `seed`, `restart`, `select`, `rounding`, `first_epoch`: see `PeersCallback`
     ):
         super().__init__(k, forget_rate, num_gradual, exponent, **kwargs)
@@ -73,25 +81,17 @@ class JoCorCallback(PeersCallback):
     def learned(self, seen):
         if self.by_evidence: self.weigh.learned(seen)
 
-    def before_train(self):
-        "Find how far each class has fallen behind, as soon as τ and a loss of the items are known"
-        self.behind,items = None,self.items
-        if not self.balance or None in (self.tau, items, self.n_classes): return
-        if not items.scored.any(): return
-        quantiles = class_quantiles(items.last_loss, items.given_label, self.n_classes, (1-self.tau)/2)
-        self.behind = self.balance*quantiles
-
 # %% ../nbs/08_callback.ipynb #bbf1fb57
 @patch(cls_method=True)
 @delegates(JoCorCallback, but='rule,rounding,first_epoch')
 def paper(cls:JoCorCallback,
-    k:int=2, # Number of peers
+    k:int=2, # Number of peers; the paper has 2
     co_lambda:float=.9, # Weight λ of the contrast, in [0, 1]
-    forget_rate:float|None=None, # τ, in [0, 1); the official code takes ε/2 for asymmetric noise of rate ε
-    num_gradual:int=10, # Epochs over which R rises to τ
-    **kwargs # Of `JoCorCallback`
+    forget_rate:float|None=None, # τ, in [0, 1): the share of wrong labels; `None`: that of `dls.noise`
+    num_gradual:int=10, # Epochs until R reaches τ
+    **kwargs # To `JoCorCallback`
 )->PeersCallback: # A `JoCorCallback`
-    "The published rule as the official code has it: a schedule that begins with its epoch 1, rounded in each batch"
+    "The published rule (JoCoR, algorithm 1) with the first epoch and the rounding of the official code"
     return cls(k, co_lambda, forget_rate, num_gradual=num_gradual, rule='schedule', rounding='official',
                first_epoch=1, **kwargs)
 
@@ -116,10 +116,19 @@ def _check_plus(self:JoCorCallback, plus):
                          "none: leave it out")
     return plus
 
+@patch
+def before_train(self:JoCorCallback):
+    "Find how far each class has fallen behind, as soon as τ and losses of the items are known"
+    self.behind,items = None,self.items
+    if not self.balance or None in (self.tau, items, self.n_classes): return
+    if not items.scored.any(): return
+    quantiles = class_quantiles(items.last_loss, items.given_label, self.n_classes, (1-self.tau)/2)
+    self.behind = self.balance*quantiles
+
 # %% ../nbs/08_callback.ipynb #20107a43
 @patch(as_prop=True)
 def lam(self:JoCorCallback)->float: # In [0, 1]
-    "Weight λ of the contrast at the time"
+    "The current weight λ of the contrast"
     if self.by_evidence: return self.weigh.co_lambda
     return default_co_lambda if self.co_lambda is None else self.co_lambda
 
@@ -128,8 +137,8 @@ def joint_losses(self:JoCorCallback,
     logits:Tensor, # Of the peers, shape (k, N, C)
     log_probs:Tensor, # Their log-probabilities, shape (k, N, C)
     targ:Tensor # Given labels, shape (N,)
-)->tuple: # Joint loss per item to compare items by, and with class weights to train by, shape (N,) each
-    "The joint loss, with and without class weights"
+)->tuple: # Two losses per item, shape (N,) each: to compare items by, and, with class weights, to train by
+    "The joint loss (JoCoR, equations 1 to 4), without and with class weights"
     s,lam = self.selection,self.lam
     ranked = joint_loss(logits, targ, lam, self.contrast, s.unweighted, log_probs)
     if s.weight is None: return ranked, ranked
@@ -142,7 +151,7 @@ def less_behind(self:JoCorCallback,
     losses:Tensor, # Shape (N,)
     targ:Tensor # Given labels, shape (N,)
 )->Tensor: # Shape (N,)
-    "Losses less how far the class of their label has fallen behind"
+    "Losses, each reduced by how far the class of its label has fallen behind"
     return losses - self.behind[targ].to(losses.dtype)
 
 # %% ../nbs/08_callback.ipynb #4247a83c
@@ -168,13 +177,13 @@ def columns(self:JoCorCallback)->list: # In their order
 def rate_of(self:JoCorCallback,
     epoch:int # Of this fit, from 0 on
 )->float: # In [0, 1)
-    "The share that is dropped at least"
+    "The share of items to drop at least"
     if not self.by_evidence: return FitState.rate_of(self, epoch)
     return 0. if self.evidence is None or self.weigh.frozen else self.evidence.R
 
 @patch
 def told(self:JoCorCallback)->list: # Of texts
-    "What `repr` tells: settings, and what is known so far"
+    "What `repr` shows: settings, and what is known so far"
     waits = self.co_lambda is None and self.by_evidence and self.evidence is None
     k,*rest = PeersCallback.told(self)
     plus = [f'plus={self.plus!r}'] if self.plus else []
@@ -202,7 +211,7 @@ def load_state_dict(self:JoCorCallback,
 def check_fit(self:JoCorCallback,
     s:Selection # With what was found of the data
 ):
-    "Choose the rule, and refuse data that it cannot be used on"
+    "Choose the rule; a `ValueError` for data that cannot be used with it"
     can = not s.multi_label and s.tells and len(self.source) > 0
     self.by_evidence = self.rule != 'schedule' and can
     if self.rule == 'evidence' and not can:

@@ -173,7 +173,7 @@ def audit_labels(
     k:int=3, # Number of heads, at least 2
     epochs:int|None=None, # Number of epochs; `None`: 10 to 30
     lr:float=3e-3, # Largest learning rate of one cycle
-    folder:str|Path|None=None, # Folder for files of features; `None`: `features` in the learner's
+    folder:str|Path|None=None, # Folder for files of features; `None`: that of `feature_folder()`
     seed:int=0, # Of weights, batches, and of which head is not told what
     features:bool=True, # Train heads on features; False: train the whole model from new weights
     fine_tune:int=0, # Epochs in which the body is trained too, with the heads back on it; slow

@@ -57,7 +57,7 @@ def fit_heads(
     k:int=3, # Number of peers, at least 2
     epochs:int|None=None, # Number of epochs; `None`: see `default_epochs`
     lr:float=3e-3, # Largest learning rate of one cycle
-    folder:str|Path|None=None, # Folder for files of features; `None`: `features` in the learner's
+    folder:str|Path|None=None, # Folder for files of features; `None`: that of `feature_folder()`
     features:bool=True, # Train heads on features; False: train the whole model from new weights
     seed:int=0, # Of weights, batches, and of which peer is not told what
     progress:bool=True, # Show bars

@@ -13,7 +13,7 @@ from .peers import check_k, make_peers, Peers
 
 # %% ../nbs/03b_learner.ipynb #a04375d2
 class PeerSplitter:
-    "Split each peer by `splitter`, and merge the groups across the peers"
+    "Split each peer into the parameter groups of the single model, and merge the groups across the peers"
     def __init__(self,
         splitter # Function of a model that gives its parameter groups
     ): self.splitter = splitter

@@ -19,11 +19,11 @@ from .transition import _draw_each, _draw_exact, _draw_official, _n_classes, _na
 # %% ../nbs/10_noise.ipynb #e8cb004a
 _Patched:Any = object # For type checkers: other cells give the class its methods
 class LabelNoise(_Patched):
-    "Base of the noise models: a transition matrix, and how labels are drawn from it"
+    "Base class of noise models; a subclass defines `transition`, and labels are drawn from that matrix"
     draw,exact = 'item',False
     def __init__(self,
-        rate:float, # Probability that a label is flipped, in [0, 1]
-        exact:bool=False # Flip exactly that share of the items, instead of drawing for each
+        rate:float, # Probability that a label is flipped, in [0, 1]; else a `ValueError`
+        exact:bool=False # Flip exactly this share of the items, instead of deciding for each at random
     ):
         self.rate = check_number('rate', rate, lambda v: 0 <= v <= 1, 'lie in [0, 1]: the share of labels to corrupt')
         self.exact = exact
@@ -38,11 +38,11 @@ class LabelNoise(_Patched):
     def transition(self,
         classes # Number of classes, or the vocabulary
     )->np.ndarray: # `T[i,j]`: probability that an item of class i is labelled j, shape (C, C), float64
-        "Return the transition matrix"
+        "Return the transition matrix; its rows sum to 1"
         raise NotImplementedError
 
     def official(self):
-        "Return a copy that draws as the official JoCoR code: `RandomState(seed).multinomial`, a call per item in order"
+        "Return a copy that draws as the official JoCoR code does, by `RandomState(seed).multinomial`"
         if self.exact: raise ValueError(f"{self}: the official code draws item by item, not an exact count")
         new = copy(self)
         new.draw = 'official'
@@ -52,18 +52,18 @@ class LabelNoise(_Patched):
         labels, # True labels of the complete training set, shape (n,)
         classes # The vocabulary
     ):
-        "Raise a `ValueError` if the noise model does not fit this data set; any data set fits a matrix"
+        "Raise a `ValueError` if the noise model does not fit this data set; a transition matrix fits any"
 
 # %% ../nbs/10_noise.ipynb #ae56e741
 @patch
 def corrupt(self:LabelNoise,
     labels, # True labels, shape (n,), class indices in [0, C)
     classes, # Number of classes C, or the vocabulary
-    seed:int=0, # Seed of the draw
-    keys:Sequence|None=None, # What identifies each item; `None` for its position
-    items:Sequence|None=None # The items themselves, for noise that depends on them
+    seed:int=0, # Seed of the random draw
+    keys:Sequence|None=None, # What identifies each item, n of them; `None`: its position
+    items:Sequence|None=None # The items themselves, n of them, for noise that depends on them
 )->np.ndarray: # Labels after corruption, shape (n,), int64
-    "Corrupt the labels; raise a `ValueError` where no label can be corrupted"
+    "Corrupt labels; a `ValueError` for bad arguments, or if no item is of a class that the model corrupts"
     check_number('seed', seed, lambda v: isinstance(v, Integral), 'be an integer')
     y,n = check_labels(labels, _n_classes(classes)),len(labels)
     for name,o in (('keys',keys),('items',items)):
@@ -92,7 +92,7 @@ def noise_rate(self:LabelNoise,
     labels, # True labels, shape (n,), class indices in [0, C)
     classes # Number of classes C, or the vocabulary
 )->float: # Expected share of wrong labels, in [0, 1]
-    "Return the share of these labels that the matrix corrupts on average"
+    "Return the share of these labels that the model corrupts on average"
     y = check_labels(labels, _n_classes(classes))
     return self._expected(y, classes) if len(y) else 0.
 
@@ -103,7 +103,7 @@ def _expected(self:LabelNoise, y, classes):
 
 # %% ../nbs/10_noise.ipynb #45633c26
 class Symmetric(LabelNoise):
-    "To any other class, uniformly: each of them with probability rate/(C-1)"
+    "To any other class, each with probability rate/(C-1) (van Rooyen et al. 2015)"
     def transition(self, classes):
         c = _n_classes(classes)
         T = np.full((c,c), self.rate/(c-1))
@@ -119,16 +119,16 @@ def _flip_to(c, pairs, rate):
     return T
 
 class PairFlip(LabelNoise):
-    "To the next class, with the probability `rate`"
+    "To the next class, with probability `rate` (Han et al. 2018)"
     def transition(self, classes):
         c = _n_classes(classes)
         return _flip_to(c, {i: (i+1)%c for i in range(c)}, self.rate)
 
 class Transition(LabelNoise):
-    "By any row-stochastic matrix"
+    "By a transition matrix of your own; a `ValueError` if its rows do not sum to 1"
     def __init__(self,
-        matrix, # `matrix[i][j]`: probability that an item of class i is labelled j, shape (C, C), rows that sum to 1
-        exact:bool=False # Flip exact counts, instead of drawing for each item
+        matrix, # `matrix[i][j]`: probability that an item of class i is labelled j, shape (C, C)
+        exact:bool=False # Flip exact numbers of items, instead of deciding for each at random
     ): self.matrix,self.exact = check_transition(matrix),exact
     @property
     def rate(self): return float(1-np.diag(self.matrix).mean())
@@ -166,11 +166,11 @@ _map_classes = dict(cifar10=cifar10_classes, cifar100=cifar100_classes, cifar100
 _choose_map = f"choose one of {', '.join(asymmetric_maps)}, or pass a dictionary from class to class"
 
 class Asymmetric(LabelNoise):
-    "From each class of `map` to another, with the probability `rate`; the other classes stay clean"
+    "From each class in `map` to one other, with probability `rate` (Patrini et al. 2017)"
     def __init__(self,
-        rate:float=0.4, # Probability that an item of a mapped class is flipped, in [0, 1]; or the map
-        map:dict|str|None=None, # `{from: to}`, or a published map's name; `None`: CIFAR's own
-        exact:bool=False # Flip exactly that share of the mapped classes' items, instead of drawing for each
+        rate:float=0.4, # Probability that an item of a class in `map` is flipped, in [0, 1]; or the map
+        map:dict|str|None=None, # `{from: to}`, or the name of a published one; `None`: that of CIFAR
+        exact:bool=False # Flip exactly this share of the items in these classes, instead of deciding at random
     ):
         if isinstance(rate, dict): rate,map = ifnone(map, 0.4),rate
         known = map is None or (isinstance(map, dict) and map) or (isinstance(map, str) and map in asymmetric_maps)
@@ -201,13 +201,13 @@ def _class_number(o, names, c, own):
 
 # %% ../nbs/10_noise.ipynb #9c5562a0
 class NoiseRecord(_Patched):
-    "What a noise model did to the training items"
+    "True and given labels of the training items; a `ValueError` if their numbers differ"
     def __init__(self,
         true, # True labels by position in the training set, shape (n,), class indices
         noisy, # Given labels, shape (n,), class indices
         vocab, # Class names, or their number
         noise_model:object|None=None, # The noise model that was applied
-        keys:Sequence|None=None # What identifies each item; `None` for its position
+        keys:Sequence|None=None # What identifies each item; `None`: its position
     ):
         c = _n_classes(vocab)
         self.true,self.noisy = check_labels(true, c),check_labels(noisy, c)
@@ -225,19 +225,19 @@ class NoiseRecord(_Patched):
         return self.true != self.noisy
     @property
     def rate(self):
-        "Realised share of wrong labels, in [0, 1]"
+        "Share of labels that are wrong, in [0, 1]"
         return float(self.flipped.mean()) if len(self) else 0.
     @property
     def noise_rate(self):
-        "Expected share of wrong labels under the noise model, in [0, 1]: the natural τ"
+        "Share of wrong labels that the noise model gives on average, in [0, 1]: the τ of a schedule"
         return self.rate if self.noise_model is None else self.noise_model.noise_rate(self.true, self.vocab)
     @property
     def matrix(self):
-        "Realised transition matrix, shape (C, C); the row of a class without items is NaN"
+        "Transition matrix of these labels, shape (C, C), rows by true class; NaN for a class without items"
         return realised_transition(self.true, self.noisy, _n_classes(self.vocab))
     @property
     def table(self):
-        "A `DataFrame` with a row per training item: the item, its true and its given label, and whether they differ"
+        "A `DataFrame` with a row per training item: `item`, `true_label`, `given_label`, `flipped`"
         names = np.array(_names(self.vocab) or range(self.vocab))
         items = range(len(self)) if self.keys is None else list(self.keys)
         labels = dict(true_label=names[self.true], given_label=names[self.noisy], flipped=self.flipped)
@@ -251,11 +251,11 @@ def _record_of(dls):
                      "or with a NoisyCategoryBlock")
 
 def plot_noise(
-    dls, # `DataLoaders` with corrupted labels, or a `NoiseRecord`
-    ax:plt.Axes|None=None, # Axis to plot on; `None` makes one
+    dls, # `DataLoaders` with corrupted labels, or a `NoiseRecord`; else a `ValueError`
+    ax:plt.Axes|None=None, # Axes to plot on; `None`: new ones
     numbers:bool|None=None # Write the shares into the cells; `None`: for up to 30 classes
-)->plt.Axes: # The axis
-    "Plot the realised transition matrix as a heat map; rows are true classes, and each sums to 1"
+)->plt.Axes: # The axes
+    "Plot the transition matrix of the labels as a heat map; rows are true classes, and each sums to 1"
     from sklearn.metrics import ConfusionMatrixDisplay
     rec = _record_of(dls)
     names,c = _names(rec.vocab) or list(range(rec.vocab)),_n_classes(rec.vocab)

@@ -116,6 +116,11 @@ def class_counts(
     count = lambda labels, weights=None: torch.bincount(labels, weights, n_classes).double()
     return dict(given=count(given), kept=count(given, kept), votes=count(votes))
 
+def _warn_of_bad_numbers(epoch, bad, n):
+    if not bad: return
+    warnings.warn(f"epoch {epoch}: {bad} of the {n} items had NaN or infinite numbers in input, output or loss, "
+                  "and did not count (cb.history.non_finite)")
+
 # %% ../nbs/06_record.ipynb #4616bb8a
 class Record(Part):
     "Enter what was seen into the ledger, and give the figures of the epoch"
@@ -141,6 +146,7 @@ class Record(Part):
         if s.world > 1: seen = self._of_all_processes(seen)
         self.figures = self._figures(s, seen)
         self.by_class = None if s.multi_label else class_counts(seen, s.n_classes)
+        if not owner.finding: _warn_of_bad_numbers(self.epoch, self.figures['non_finite'], len(seen['loss']))
         if s.items is None or owner.finding: return
         before,scored = owner.items.given_label[seen['idx']],~seen['loss'].isnan()
         changed = scored & (before >= 0) & (before != seen['given_label'])
@@ -159,8 +165,8 @@ class Record(Part):
         clean = self.owner.clean_flags
         if clean is not None and s.items is not None:
             res['label_precision'],res['label_recall'] = precision_and_recall(kept, clean[seen['idx'].cpu()])
-        res['non_finite'] = int(seen['loss'].isinf().sum())
-        return {name: res.get(name, float('nan')) for name in self.owner.columns}
+        figures = {name: res.get(name, float('nan')) for name in self.owner.columns}
+        return figures | dict(non_finite=int(seen['loss'].isinf().sum()))
 
     def after_epoch(self):
         if self.figures is None or self.owner.finding: return

@@ -164,7 +164,7 @@ def estimated_rate(self:FitState)->float: # NaN as long as there is no estimate
 def columns(self:FitState)->list: # In their order
     "Names of the columns of the epoch table"
     return (['R','kept','agreement'] + ['noise_rate']*self.estimates
-            + ['label_precision','label_recall']*(self.noise is not None) + ['non_finite'])
+            + ['label_precision','label_recall']*(self.noise is not None))
 
 @patch
 def rate_of(self:FitState,

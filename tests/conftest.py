@@ -25,9 +25,13 @@ def default_of(module):
     return torch.device(DEVICE) if module in PURE and DEVICE != 'cpu' else nullcontext()
 
 @pytest.fixture(scope='session', autouse=True)
-def all_modules():
+def all_modules(tmp_path_factory):
     default_device(DEVICE == 'cuda')
     leaks.import_all()
+    cache = tmp_path_factory.mktemp('cache')
+    with pytest.MonkeyPatch.context() as patch: # no test writes into the user's cache
+        patch.setattr('fastai_jocor.features.xdg_cache_home', lambda: cache)
+        yield
 
 @pytest.fixture(autouse=True)
 def own_process(request):

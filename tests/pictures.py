@@ -8,6 +8,6 @@ def digit_files(folder, n):
     d = load_digits()
     for i,(im,t) in enumerate(zip(d.images[:n+1], d.target)):
         if t > 2: continue
-        (folder/f'c{t}').mkdir(exist_ok=True)
+        (folder/f'c{t}').mkdir(parents=True, exist_ok=True)
         PILImage.create(np.repeat((im*15).astype(np.uint8)[...,None], 3, -1)).save(folder/f'c{t}'/f'{i}.png')
     return folder

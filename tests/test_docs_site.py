@@ -18,6 +18,8 @@ def site(tmp_path_factory):
 
 def test_pages_of_the_site(site):
     assert list(website.problems(site)) == []
+    named_alike = [o for p in website.pages(site).values() for o in p.links if '//fastcore.fast.ai' in o]
+    assert not named_alike, 'nbdev took a name in backticks for a function of fastcore: word it otherwise'
     final = website.final_names(ROOT/'_proc')
     page = lambda p: Path(final[p.relative_to(NBS).as_posix()]).with_suffix('.html').as_posix()
     names = {page(p) for p in docs.notebooks()}
@@ -97,6 +99,20 @@ def test_formulas_need_no_network(site):
         assert not re.search(r'katex|class="math|https?://cdn', p.read_text(encoding='utf-8')), p
     conf = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
     assert conf['format']['html']['html-math-method'] == 'mathml'
+
+def without_index(df):
+    cell = dict(outputs=[dict(data={'text/html': df._repr_html_().splitlines(True)}), dict(text='a')])
+    website.drop_index(cell)
+    return ''.join(cell['outputs'][0]['data']['text/html'])
+
+def test_an_index_that_only_numbers_rows_is_not_shown(site):
+    df = pd.DataFrame(dict(a=['0','1','x'], b=[1,2,3]))
+    assert without_index(df) != df._repr_html_() and '<tr>\n      <td>x</td>\n      <td>3</td>' in without_index(df)
+    two_rows = pd.concat({'a': df}, axis=1)
+    for o in (df[1:], df.rename_axis('position'), df.set_index('a'), two_rows, df.set_index(['b','a'])):
+        assert without_index(o) == o._repr_html_()
+    notebook,page = (p.read_text(encoding='utf-8') for p in (NBS/'10_noise.ipynb', site/'noise.html'))
+    assert '<th>0</th>' in notebook and '<th>0</th>' not in page and 'class="dataframe"' in page
 
 # --- tests in the notebooks
 
@@ -221,7 +237,7 @@ def test_workflows():
     release = FLOWS['release']
     assert release['jobs']['publish']['permissions'] == {'id-token': 'write'}
     assert release[True] == {'push': {'tags': ['v*']}}
-    assert any(s.get('run') == 'nbdev-docs' for s in FLOWS['docs']['jobs']['build']['steps'])
+    assert any(s.get('run') == 'PYTHONPATH=tools nbdev-docs' for s in FLOWS['docs']['jobs']['build']['steps'])
 
 def test_citation():
     cff,s = yaml.safe_load((ROOT/'CITATION.cff').read_text(encoding='utf-8')),sync_settings.read_settings()

@@ -7,7 +7,7 @@ from fastai.tabular.all import Normalize, TabularPandas, tabular_learner
 from fastai.vision.all import Brightness, CategoryBlock, DataBlock, Flip, get_image_files, ImageBlock, parent_label
 from fastai.vision.all import PILImage, RandomSplitter, Resize, resnet18, set_seed, vision_learner
 from fastai_jocor.all import audit_labels, cleaned, feature_dls, JoCorCallback, NoisyCategoryBlock, Peers, Symmetric
-from fastai_jocor.features import body_of, given_labels, in_order, kept_features
+from fastai_jocor.features import body_of, feature_folder, given_labels, in_order, kept_features
 from fastai_jocor.judge import Judgement
 from fastai_jocor.posterior import calibration_error, shifted, transition_by_em
 from pictures import digit_files
@@ -26,7 +26,7 @@ def picture_learner(folder, noise=None, valid=.2, size=32, arch=resnet18, **kwar
 def pictures(tmp_path_factory): return digit_files(tmp_path_factory.mktemp('digits'), 1700)
 
 @pytest.fixture
-def few(tmp_path): return digit_files(tmp_path, 120)
+def few(tmp_path): return digit_files(tmp_path/'digits', 120)
 
 @pytest.fixture(scope='module')
 def audited(pictures):
@@ -36,45 +36,59 @@ def audited(pictures):
 
 # --- features
 
-def files_of(learn): return sorted((learn.path/'features').glob('*.npy'))
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    "Where features are kept, in a cache of the test's own"
+    monkeypatch.setattr('fastai_jocor.features.xdg_cache_home', lambda: tmp_path/'cache')
+    return feature_folder()
 
-def test_features_are_of_validation_transforms_and_kept(few):
+def files_in(folder): return sorted(folder.glob('*.npy'))
+
+def test_nothing_is_written_into_the_folder_of_the_images(few, cache):
+    before = sorted(few.rglob('*'))
+    learn = picture_learner(few)
+    feature_dls(learn, progress=False)
+    assert learn.path == few and sorted(few.rglob('*')) == before and len(files_in(cache)) == 2
+    feature_dls(learn, few/'here', progress=False)
+    assert len(files_in(few/'here')) == len(files_in(cache)) == 2
+
+def test_features_are_of_validation_transforms_and_kept(few, cache):
     learn = picture_learner(few, batch_tfms=[Flip(p=1.), Brightness(.9, p=1.)])
     dls = feature_dls(learn, progress=False)
     body = body_of(learn.model).eval()
     with torch.no_grad(): want = torch.cat([body(o[0]) for o in in_order(learn.dls.train, bs=7, progress=False)])
-    kept = kept_features(body, learn.dls.train, learn.path/'features')
+    kept = kept_features(body, learn.dls.train, cache)
     nine = learn.dls.test_dl(learn.dls.train_ds.items[:9], bs=9, num_workers=0).one_batch()[0]
     plain = body(nine).detach()
     np.testing.assert_allclose(kept[:9], plain, atol=1e-3)
     np.testing.assert_allclose(kept, want, atol=1e-3)
-    assert learn.dls.train_ds.split_idx == 0 and len(files_of(learn)) == 2
+    assert learn.dls.train_ds.split_idx == 0 and len(files_in(cache)) == 2
     assert dls.train.dataset.items == [str(o) for o in learn.dls.train_ds.items]
     assert (given_labels(learn.dls.train) == dls.train.dataset.y.numpy()).all()
 
-def test_what_features_depend_on(few):
+def test_what_features_depend_on(few, cache):
     feature_dls(picture_learner(few), progress=False)
     learn = picture_learner(few)
     feature_dls(learn, progress=False)
-    assert len(files_of(learn)) == 2
+    assert len(files_in(cache)) == 2
     feature_dls(picture_learner(few, size=40), progress=False)
-    assert len(files_of(learn)) == 4
+    assert len(files_in(cache)) == 4
     changed = learn.dls.valid_ds.items[0]
     shutil.copy(learn.dls.train_ds.items[0], changed)
     feature_dls(learn, progress=False)
-    assert len(files_of(learn)) == 5
+    assert len(files_in(cache)) == 5
     with torch.no_grad(): learn.model[0][0].weight.add_(.1)
     feature_dls(learn, progress=False)
-    assert len(files_of(learn)) == 7
+    assert len(files_in(cache)) == 7
 
 @pytest.mark.parametrize('spoil', (lambda f: f.write_bytes(f.read_bytes()[:-100]), lambda f: f.write_bytes(b'nothing'),
     lambda f: f.write_bytes(f.read_bytes()[:-2]+b'xx')), ids=('cut','other','changed'))
-def test_spoilt_files_are_noticed(few, spoil):
+def test_spoilt_files_are_noticed(few, cache, spoil):
     learn = picture_learner(few)
     body = body_of(learn.model)
-    want = kept_features(body, learn.dls.train, few/'features').copy()
-    spoil(files_of(learn)[0])
-    with pytest.warns(UserWarning, match='made again'): again = kept_features(body, learn.dls.train, few/'features')
+    want = kept_features(body, learn.dls.train, cache).copy()
+    spoil(files_in(cache)[0])
+    with pytest.warns(UserWarning, match='made again'): again = kept_features(body, learn.dls.train, cache)
     np.testing.assert_array_equal(again, want)
 
 # --- probabilities

@@ -14,7 +14,7 @@ from fastai_jocor.peers import Peers
 from learners import Record, digits, digits64, fast_adam, finite, plain, same, tensors, weights
 import reference
 
-COLUMNS = ['R','kept','agreement','noise_low','noise_high','label_precision','label_recall','non_finite']
+COLUMNS = ['R','kept','agreement','noise_low','noise_high','label_precision','label_recall']
 
 @contextmanager
 def silent():

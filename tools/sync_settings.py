@@ -33,7 +33,8 @@ def pyproject(s):
     scripts = [o.strip().split('=') for o in s['console_scripts'].splitlines() if o.strip()]
     extras = {k[:-len('_requirements')]: s[k].split() for k in s if k.endswith('_requirements')}
     nbdev = {**{k: s[k] for k in NBDEV_TEXT}, **{k: s.getboolean(k) for k in NBDEV_BOOL},
-             'tst_flags': s['tst_flags'].split(), 'strip_libs': s['strip_libs'].split()}
+             'tst_flags': s['tst_flags'].split(), 'strip_libs': s['strip_libs'].split(),
+             'doc_procs': s['doc_procs'].split()}
     return f'''# Written by tools/sync_settings.py from settings.ini: edit that file instead.
 [build-system]
 requires = ["setuptools>=77"]
