@@ -6,6 +6,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/'nbs'
 sys.path.insert(0, str(ROOT/'tools'))
 import docs, sync_settings, website
+from fastai_jocor.lab.page import drop_index
 
 # --- the site
 
@@ -102,7 +103,7 @@ def test_formulas_need_no_network(site):
 
 def without_index(df):
     cell = dict(outputs=[dict(data={'text/html': df._repr_html_().splitlines(True)}), dict(text='a')])
-    website.drop_index(cell)
+    drop_index(cell)
     return ''.join(cell['outputs'][0]['data']['text/html'])
 
 def test_an_index_that_only_numbers_rows_is_not_shown(site):
@@ -237,7 +238,7 @@ def test_workflows():
     release = FLOWS['release']
     assert release['jobs']['publish']['permissions'] == {'id-token': 'write'}
     assert release[True] == {'push': {'tags': ['v*']}}
-    assert any(s.get('run') == 'PYTHONPATH=tools nbdev-docs' for s in FLOWS['docs']['jobs']['build']['steps'])
+    assert any(s.get('run') == 'nbdev-docs' for s in FLOWS['docs']['jobs']['build']['steps'])
 
 def test_citation():
     cff,s = yaml.safe_load((ROOT/'CITATION.cff').read_text(encoding='utf-8')),sync_settings.read_settings()

@@ -4,10 +4,9 @@ The notebooks go through nbdev as they do for Quarto, and smalldocs renders the 
 styles.css. Pages are then read for links, anchors, titles, results and alternative text, and opened in Chromium, where
 there is one, at the width of a phone and of a desk, in light and in dark: nothing on them may be cut off.
 
-The published site is built by Quarto (`PYTHONPATH=tools nbdev-docs`). Quarto is no Python package: what
-`pip install quarto-cli` gets downloads the program from GitHub, so that a machine which only reaches a package index
-has none. These pages are not byte for byte those of Quarto, but they have its layout, its widths and the same MathML
-in place of formulas.
+The published site is built by Quarto (`nbdev-docs`). Quarto is no Python package: what `pip install quarto-cli` gets
+downloads the program from GitHub, so that a machine which only reaches a package index has none. These pages are not
+byte for byte those of Quarto, but they have its layout, its widths and the same MathML in place of formulas.
 """
 import base64, contextlib, functools, html, http.server, json, os, re, shutil
 import subprocess, sys, tempfile, threading, urllib.parse
@@ -26,8 +25,8 @@ OF_QUARTO = re.compile('format-links|format commonmark is not built|output-file 
 def process():
     "Run nbdev's own processing of the notebooks, afresh, and return its folder"
     shutil.rmtree(ROOT/'_proc', ignore_errors=True)
-    code = ('import sys; sys.path.insert(0, "tools"); from nbdev.quarto import refresh_quarto_yml; '
-            'from nbdev.serve import proc_nbs; refresh_quarto_yml(); proc_nbs(n_workers=0, force=True)')
+    code = ('from nbdev.quarto import refresh_quarto_yml; from nbdev.serve import proc_nbs; '
+            'refresh_quarto_yml(); proc_nbs(n_workers=0, force=True)')
     kwargs = dict(cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'MPLBACKEND': 'agg'})
     p = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], **kwargs)
     if p.returncode: raise RuntimeError(f'nbdev cannot process the notebooks:\n{p.stderr[-2000:]}')
@@ -59,16 +58,6 @@ def final_link(link, folder, names):
     "A link from a notebook in `folder` to another one, by the name that its page has"
     to = os.path.normpath(folder/link).replace(os.sep, '/')
     return os.path.relpath(names[to], folder).replace(os.sep, '/') if to in names else link
-
-INDEX = re.compile(r'(?s)(<tr[^>]*>\s*)<th>(.*?)</th>\s*')
-
-def drop_index(cell):
-    "Leave out the index of a saved table that only numbers the rows from 0; nbdev calls this (`doc_procs`)"
-    for data in (o.get('data', {}) for o in cell.get('outputs', [])):
-        text = ''.join(data.get('text/html', ''))
-        heads = [h for _,h in INDEX.findall(text)]
-        if 'class="dataframe"' in text and heads == ['', *map(str, range(len(heads)-1))]:
-            data['text/html'] = INDEX.sub(r'\1', text)
 
 FORMULA = re.compile(r'(?s)<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>')
 KATEX = re.compile(r'<(?:link|script)[^>]*katex[^>]*>(?:</script>)?')
