@@ -90,7 +90,7 @@ def _by_file(found, good, root):
     "The audit with the names of the list of labels"
     names = {str(Path(root)/f): f for f in good.file}
     found.table['item'] = found.table['item'].map(names)
-    for o,name in names.items(): found.table['note'] = found.table.note.str.replace(o, name, regex=False)
+    found.table['note'] = found.table.note.str.replace(str(Path(root)/'_')[:-1], '', regex=False)
     if 'true' in good:
         truth = found.table['item'].map(good.set_index('file').true)
         found.table = found.table.assign(true_label=truth, flipped=truth != found.table.given_label)
