@@ -12,7 +12,7 @@ import math, torch
 from torch import Tensor
 from .losses import default_co_lambda
 from .ledger import NoiseEstimate
-from .interval import sure_error, wrong_share
+from .interval import chance_error, sure_error, wrong_share
 from .untold import hidden_count, hidden_from, hide, Untold
 
 # %% ../nbs/03e_evidence.ipynb #ba08323c
@@ -241,6 +241,7 @@ def next_brake(
     "Drop more than before while the peers memorise"
     if not e.has('memorising') or len(e.rows) < 2: return min(e.brake, e.U)
     now,before = e.rows[-1],e.rows[max(len(e.rows)-3, 0)]
+    if e.tau is None and e.best['sure'] <= chance_error(e.best['sure'], e.best['n']): return 0.
     growth = max(0., now['out']-before['out']) if e.has('growth') else 0.
     press = max(0., now['inside']-now['out']-.01-1.5*growth)
     return min(e.U, e.brake+min(.25, 2*press*now['n']/(now['n']+100)))

@@ -100,6 +100,8 @@ class Rule:
             growth = max(now['out']-before['out'], 0)
             press = max(now['inside']-now['out']-.01-1.5*growth, 0)
             self.brake = min(self.U, self.brake+min(.25, 2*press*len(hidden)/(len(hidden)+100)))
+            sure,n = self.best['sure'],len(hidden)
+            if self.tau is None and sure <= 2*math.sqrt(max(sure*(1-sure), 1/n)/max(n/2, 1)): self.brake = 0
         return self.best['low'],self.best['high']
 
 def wrong(hidden, out, alike):

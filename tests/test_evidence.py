@@ -118,7 +118,7 @@ def test_margin_threshold(U, more):
     assert margin_threshold(.1) == pytest.approx(2+math.log(9)) and margin_threshold(.9) == 1.5
 
 share = st.floats(0, 1)
-row = st.fixed_dictionaries({name: share for name in ('out','inside','against','alike','rate','low','high')}
+row = st.fixed_dictionaries({name: share for name in ('out','inside','against','alike','rate','low','high','sure')}
                             | dict(n=st.integers(1, 10000)))
 
 @given(rows=st.lists(row, max_size=12), tau=st.none() | st.floats(0, .9), without=st.sampled_from(((), ('growth',))))
@@ -128,7 +128,9 @@ def test_the_least_share_to_drop(rows, tau, without):
         o['rate'] = min(o['rate'], o['high'])
         before,e.rows = e.brake,[*e.rows, o]
         e.brake = next_brake(e)
-        assert min(before, e.U) <= e.brake <= e.R <= e.U and e.brake <= before+.25+1e-9
+        looks_right = tau is None and e.best['sure'] < 2*(e.best['sure']*(1-e.best['sure'])/max(e.best['n']/2, 1))**.5
+        assert min(before, e.U)*(e.brake > 0) <= e.brake <= e.R <= e.U and e.brake <= before+.25+1e-9
+        assert len(e.rows) < 2 or not looks_right or e.brake == 0
         assert o['inside'] > o['out']+.01 or e.brake <= before
         assert o['alike'] > .7 or e.R == e.brake
         assert o['alike'] >= .25 or e.threshold == math.inf
@@ -147,6 +149,16 @@ def test_no_brake_by_chance(k):
             close_epoch(e, seen | dict(idx=n, given_label=y, as_given=z.mean(0).argmax(-1) == y))
         brakes.append(e.brake)
     assert np.mean(brakes) < .1
+
+def test_no_brake_where_no_label_looks_wrong():
+    "What is memorised then is right, and rare"
+    row = dict(out=.9, inside=1., against=0., alike=.9, rate=0., low=0., high=.05, n=300)
+    for sure,brakes in ((0.,False), (.02,False), (.1,True)):
+        e = Evidence(1000, 3, 10)
+        for _ in range(3):
+            e.rows.append(dict(row, sure=sure))
+            e.brake = next_brake(e)
+        assert (e.brake > 0) == brakes
 
 @given(out=share, sure=share, n=st.integers(1, 1000), alike=share)
 def test_the_interval(out, sure, n, alike):
