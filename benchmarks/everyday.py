@@ -47,6 +47,7 @@ three = (15, 3e-3), (15, 1e-2), (60, 2e-2)
 tables = dict(
     digits=Data(digits, image_learner, 64, many, three),
     rare=Data(rare, image_learner, 64, ['clean'], three),
+    scarce=Data(scarce, image_learner, 64, ['clean','symmetric 20'], three),
     clothing=Data(clothing, feature_learner, 64, light, [(15, 3e-3)]),
     features5k=Data(features5k, feature_learner, 64, people, [(10, 3e-3), (30, 3e-3)]),
     trec=Data(trec, text_learner, 64, light, [(10, 1e-2)]),

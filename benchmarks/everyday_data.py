@@ -32,6 +32,13 @@ def rare(path, seed):
     keep = np.sort(np.concatenate([rest, own[:len(rest)//20]]))
     return Source(d.x[keep], y[keep], d.x_test, y_test, ['other','three'], {})
 
+def scarce(path, seed):
+    "Digits with 12 items of each of the classes 3 and 8, others for each seed"
+    d,rng = digits(path, seed),np.random.default_rng(seed)
+    surplus = [rng.permutation(np.flatnonzero(d.y == c))[12:] for c in (3,8)]
+    keep = np.setdiff1d(np.arange(len(d.y)), np.concatenate(surplus))
+    return d._replace(x=d.x[keep], y=d.y[keep])
+
 def _some(d, n, seed):
     "A random part of the training items, another one for each seed"
     at = np.sort(np.random.default_rng(seed).permutation(len(d.y))[:n])
@@ -103,7 +110,7 @@ def clothing_photos(path, seed):
 
 # Noise
 digit_pairs = {7:1, 2:7, 5:6, 6:5, 3:8}
-pairs = dict(digits=digit_pairs, mnist=digit_pairs, features={9:1, 2:0, 3:5, 5:3, 4:7}, adult={'>50K':'<=50K'},
+pairs = dict(digits=digit_pairs, scarce=digit_pairs, mnist=digit_pairs, features={9:1, 2:0, 3:5, 5:3, 4:7}, adult={'>50K':'<=50K'},
              clothing={'shirt':'t-shirt', 't-shirt':'longsleeve', 'longsleeve':'shirt'},
              trec={'ENTY':'DESC', 'DESC':'ENTY', 'HUM':'ENTY', 'LOC':'NUM'})
 pairs |= {o: pairs['features'] for o in ('features5k','features10k','features30','cifar')}
