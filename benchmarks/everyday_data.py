@@ -110,7 +110,8 @@ def clothing_photos(path, seed):
 
 # Noise
 digit_pairs = {7:1, 2:7, 5:6, 6:5, 3:8}
-pairs = dict(digits=digit_pairs, scarce=digit_pairs, mnist=digit_pairs, features={9:1, 2:0, 3:5, 5:3, 4:7}, adult={'>50K':'<=50K'},
+pairs = dict(digits=digit_pairs, scarce=digit_pairs, mnist=digit_pairs, features={9:1, 2:0, 3:5, 5:3, 4:7},
+             adult={'>50K':'<=50K'},
              clothing={'shirt':'t-shirt', 't-shirt':'longsleeve', 'longsleeve':'shirt'},
              trec={'ENTY':'DESC', 'DESC':'ENTY', 'HUM':'ENTY', 'LOC':'NUM'})
 pairs |= {o: pairs['features'] for o in ('features5k','features10k','features30','cifar')}
