@@ -109,6 +109,15 @@ def feature_folder()->Path: # `fastai_jocor/features` in `XDG_CACHE_HOME`, or in
     "Where features are kept if no folder is named; you can delete it at any time"
     return xdg_cache_home()/'fastai_jocor'/'features'
 
+def _usual_folder():
+    "`feature_folder()`, or `None` where nothing can be written"
+    folder,problem = feature_folder(),'it is read-only'
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e: problem = e
+    if folder.is_dir() and os.access(folder, os.W_OK): return folder
+    warnings.warn(f"no features can be kept in {folder} ({problem}), so the next call makes them again: "
+                  "name another folder with folder=")
+
 # %% ../nbs/13_features.ipynb #363a1b6a
 def _state(file):
     try: return json.loads(file.with_suffix('.json').read_text())
@@ -228,7 +237,7 @@ def feature_dls(
         raise ValueError(f"learn has a {type(learn.model).__name__}, of which no body is known: "
                          "take one of vision_learner or text_classifier_learner")
     vocab = _vocab_of(dls)
-    folder = feature_folder() if folder is None else folder
+    folder = _usual_folder() if folder is None else folder
     body.to(dls.device or default_device())
     sets = [dl for dl in dls.loaders if len(dl.dataset)]
     xs = [kept_features(body, dl, folder, body_bs, progress) for dl in sets]

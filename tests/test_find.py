@@ -52,6 +52,13 @@ def test_nothing_is_written_into_the_folder_of_the_images(few, cache):
     feature_dls(learn, few/'here', progress=False)
     assert len(files_in(few/'here')) == len(files_in(cache)) == 2
 
+def test_no_features_are_kept_where_nothing_can_be_written(few, tmp_path, monkeypatch):
+    (tmp_path/'a_file').write_text('')
+    monkeypatch.setattr('fastai_jocor.features.xdg_cache_home', lambda: tmp_path/'a_file')
+    with pytest.warns(UserWarning, match='no features can be kept in .*: name another folder with folder='):
+        dls = feature_dls(picture_learner(few), progress=False)
+    assert len(dls.train.dataset) == len(picture_learner(few).dls.train_ds)
+
 def test_features_are_of_validation_transforms_and_kept(few, cache):
     learn = picture_learner(few, batch_tfms=[Flip(p=1.), Brightness(.9, p=1.)])
     dls = feature_dls(learn, progress=False)
