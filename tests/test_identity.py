@@ -179,7 +179,7 @@ def test_relabelled_items_begin_again_and_others_go_on():
     assert came.mean() > .95 and (f.seen[changed & came] == 1).all() and (f.seen[~changed] >= 4).all()
     idx,now = see.seen
     mine = idx[changed[idx]]
-    assert len(mine) > 5 and (old[mine] > 3).float().mean() > .8 and (now[mine] < 1).float().mean() > .8
+    assert len(mine) > 5 and (old[mine] > 3).float().mean() > .7 and (now[mine] < 1).float().mean() > .8
     learn.fit(2, 1e-3)
     assert cb.estimate.rate < before.rate/2 and cb.estimate.high < before.high
 

@@ -227,7 +227,7 @@ def test_committed_digits_come_out_again(tmp_path):
     for i,cfg in enumerate(cfgs):
         name = run_dir(out, cfg).name
         (committed,old),new = kept[name],read_runs(tmp_path)[name][1]
-        assert set(old) == set(new)
+        assert set(old)-{'non_finite'} == set(new) # a column that epoch tables no longer have
         np.testing.assert_allclose(new.train_loss[:3], old.train_loss[:3], rtol=1e-3)
         np.testing.assert_allclose(new.accuracy[:3], old.accuracy[:3], atol=.01)
         for c in ('peer_accuracy','ensemble_accuracy'): assert df[c][i] == pytest.approx(committed[c], abs=.03), c
