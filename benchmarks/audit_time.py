@@ -6,7 +6,7 @@
 FOLDER and labels.csv are those of `jocor_audit`. The audit is done twice, the second time with the features that the
 first one has kept, into a folder that is removed at the end. results/audit_time.json tells the seconds of each stage.
 """
-import json, os, tempfile, time
+import json, tempfile, time, pandas as pd
 from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
@@ -30,7 +30,7 @@ def timed(fn, name, seconds):
     return call
 
 def audit(source, **kwargs):
-    "One audit; gives the seconds of its stages, and the number of suspects"
+    "One audit; gives the seconds of its stages, and the suspects"
     seconds,start = {},time.perf_counter()
     with ExitStack() as stack:
         for name,(module,fn) in stages.items():
@@ -54,7 +54,7 @@ def main(
         kwargs = dict(path=path, true_col=true_col, arch=arch, weights=weights, size=size, out=out)
         first,suspects = audit(source, **kwargs)
         again,_ = audit(source, **kwargs)
-        items = len(open(Path(out)/'items.csv', encoding='utf-8').readlines())-1
+        items = len(pd.read_csv(Path(out)/'items.csv'))
     row = dict(items=items, suspects=len(suspects), arch=arch, size=size, first=first, again=again, machine=machine())
     if 'flipped' in suspects: row['precision'] = round(float(suspects.flipped.mean()), 3)
     FILE.write_text(json.dumps(row, indent=1)+'\n')

@@ -1,12 +1,13 @@
 "From images to suspects, and from the page to a clean list of labels."
 import json, re, shutil, warnings, numpy as np, pandas as pd, pytest, torch
+from types import SimpleNamespace
 from fastai.vision.all import get_image_files, Normalize, resnet18, set_seed
 from fastcore.script import anno_parser
 import fastai_jocor.features as features
 from fastai_jocor.files import read_table, write_table
 from fastai_jocor.lab.commands import jocor_audit
 from fastai_jocor.lab.images import audit_learner, readable
-from fastai_jocor.lab.review import apply_reviewed, read_labels
+from fastai_jocor.lab.review import _by_file, apply_reviewed, read_labels
 from pictures import digit_files
 
 @pytest.fixture(scope='module')
@@ -260,3 +261,11 @@ def test_pictures_are_normalised_as_the_body_knows_them(arch, mean, wrong_pictur
     learn = audit_learner(good, wrong_pictures[0], arch, body, size=32, out=tmp_path)
     means = [float(o.mean.flatten()[0]) for o in learn.dls.train.after_batch.fs if isinstance(o, Normalize)]
     assert means == [pytest.approx(mean)]
+
+def test_only_the_folder_of_the_images_goes_from_the_names_in_notes():
+    files = ['ba/1.png','ba/2.png']
+    found = SimpleNamespace(table=pd.DataFrame(dict(item=[f'a/{o}' for o in files], given_label=['ba','ab'],
+        note=['almost equal to a/ba/2.png, labelled ab','unlike all others'])))
+    table = _by_file(found, pd.DataFrame(dict(file=files)), 'a').table
+    assert table['item'].tolist() == files
+    assert table.note.tolist() == ['almost equal to ba/2.png, labelled ab','unlike all others']

@@ -90,7 +90,8 @@ def _by_file(found, good, root):
     "The audit with the names of the list of labels"
     names = {str(Path(root)/f): f for f in good.file}
     found.table['item'] = found.table['item'].map(names)
-    found.table['note'] = found.table.note.str.replace(str(Path(root)/'_')[:-1], '', regex=False)
+    before = f'almost equal to {Path(root)/"_"}'[:-1]
+    found.table['note'] = found.table.note.str.replace(before, 'almost equal to ', regex=False)
     if 'true' in good:
         truth = found.table['item'].map(good.set_index('file').true)
         found.table = found.table.assign(true_label=truth, flipped=truth != found.table.given_label)
