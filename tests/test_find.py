@@ -194,6 +194,15 @@ def test_bad_questions(audited, bad, message):
 def test_one_head_is_too_few(audited):
     with pytest.raises(ValueError, match='k=1 must be at least 2'): audit_labels(audited[0], k=1)
 
+def test_heads_are_trained_in_batches_that_suit_the_number_of_items(few, cache, monkeypatch):
+    learn = picture_learner(few)
+    n = len(learn.dls.train_ds)
+    for batch,lr in (((8, .01), None), ((4, .02), .005)):
+        monkeypatch.setattr('fastai_jocor.judge.default_batch', {n: batch}.get)
+        heads = audit_labels(learn, epochs=4, lr=lr, progress=False).heads
+        assert heads.dls.bs == batch[0]
+        assert max(heads.recorder.hps['lr']) == pytest.approx(lr or batch[1], rel=.2)
+
 def test_without_a_validation_set(few):
     learn = picture_learner(few, Symmetric(.2), valid=0.)
     audit = audit_labels(learn, epochs=3, progress=False)

@@ -1,9 +1,11 @@
 "From images to suspects, and from the page to a clean list of labels."
 import json, re, shutil, warnings, numpy as np, pandas as pd, pytest, torch
+from PIL import Image
 from types import SimpleNamespace
 from fastai.vision.all import get_image_files, Normalize, resnet18, set_seed
 from fastcore.script import anno_parser
 import fastai_jocor.features as features
+from fastai_jocor.lab import images
 from fastai_jocor.files import read_table, write_table
 from fastai_jocor.lab.commands import jocor_audit
 from fastai_jocor.lab.images import audit_learner, readable
@@ -249,6 +251,20 @@ def test_odd_names_and_a_bom(wrong_pictures, body, tmp_path):
     items = read_table(tmp_path/'out'/'items.csv')
     assert set(items.given_label) == {'NA', *names} and 'line\nend "quoted".png' in set(items['item'])
     assert len(items) == len(df)
+
+def test_files_that_were_read_once_are_read_again_only_if_one_changed(tmp_path, monkeypatch):
+    df = pd.DataFrame(dict(file=[f'{i}.png' for i in range(500)], label=['a','b']*250))
+    for f in df.file: Image.new('RGB', (4,4)).save(tmp_path/f)
+    (tmp_path/'7.png').write_bytes(b'no image')
+    read = lambda folder: readable(df, tmp_path, folder=folder)[1]
+    assert read(tmp_path/'kept') == read(None) == ['7.png']
+    with monkeypatch.context() as m:
+        m.setattr(images, 'verify_images', lambda files: pytest.fail('read again'))
+        assert read(tmp_path/'kept') == ['7.png']
+        with pytest.raises(pytest.fail.Exception): read(None)
+    (tmp_path/'8.png').write_bytes(b'no image')
+    (tmp_path/'9.png').unlink()
+    assert read(tmp_path/'kept') == ['7.png','8.png','9.png']
 
 @pytest.mark.parametrize('arch,mean', [('resnet18', .485), ('tf_efficientnet_lite0', .5)])
 def test_pictures_are_normalised_as_the_body_knows_them(arch, mean, wrong_pictures, body, tmp_path):

@@ -297,6 +297,18 @@ def test_thumbnails_are_turned_as_the_camera_says(tmp_path):
     Image.new('RGB', (200, 100)).save(tmp_path/'a.jpg', exif=exif)
     im = Image.open(io.BytesIO(b64decode(thumbnail(tmp_path/'a.jpg', 64).partition(',')[2])))
     assert im.size == (32, 64)
+    Image.new('RGB', (60, 30)).save(tmp_path/'small.jpg', exif=exif)
+    im = Image.open(io.BytesIO(b64decode(thumbnail(tmp_path/'small.jpg', 64).partition(',')[2])))
+    assert im.size == (30, 60)
+
+def test_small_pictures_are_shown_as_they_are_unless_they_hold_much_else(tmp_path):
+    "Compressing them once more takes time, and loses detail"
+    file,side = tmp_path/'a.jpg',64
+    shown = lambda: b64decode(thumbnail(file, side).partition(',')[2])
+    Image.effect_noise((50, 64), 50).convert('RGB').save(file, quality=95)
+    assert shown() == file.read_bytes()
+    file.write_bytes(file.read_bytes() + b'x'*side**2)
+    assert len(shown()) < side**2
 
 # screens
 

@@ -6,21 +6,32 @@
 __all__ = ['readable', 'find_arch', 'audit_learner']
 
 # %% ../../nbs/lab/04e_images.ipynb #6dbc34a4
-import torchvision, numpy as np, pandas as pd
+import joblib, torchvision, numpy as np, pandas as pd
 from fastai.vision.all import *
 from ..losses import did_you_mean
 
 # %% ../../nbs/lab/04e_images.ipynb #8ddac122
+def _about(file):
+    "What tells a state of a file: name, size and time"
+    if not file.is_file(): return str(file),-1,-1
+    o = file.stat()
+    return str(file),o.st_size,o.st_mtime_ns
+
+def _not_images(about):
+    "The files, of `_about`, that are no images"
+    return {str(o) for o in verify_images([Path(name) for name,*_ in about])}
+
 def readable(
     df:pd.DataFrame, # `file` and `label`
     root, # Folder that the files are relative to
-    least:int=10 # Images that are needed
+    least:int=10, # Images that are needed
+    folder:str|Path|None=None # Keeps what was found of 500 files or more; `None`: look each time
 )->tuple: # The rows of the files that are images; the names of the other files
     "Tell images from other files, or raise a `ValueError` where too few are left"
     files = [Path(root)/o for o in df.file]
-    if len(files) < 500: bad = {o for o in files if not verify_image(o)}
-    else: bad = set(verify_images(files))
-    ok = np.array([o not in bad for o in files])
+    if len(files) < 500: bad = {str(o) for o in files if not verify_image(o)}
+    else: bad = joblib.Memory(folder, verbose=0).cache(_not_images)([_about(o) for o in files])
+    ok = np.array([str(o) not in bad for o in files])
     good,others = df[ok],df.file[~ok].tolist()
     some = ''
     if others: some = f"{len(others)} of {len(df)} images cannot be read, such as {str(Path(root)/others[0])!r}, and "

@@ -134,11 +134,11 @@ def audit(
     labels = _with_column(labels, source, file_col, 'true', true_col)
     labels = _with_column(labels, source, file_col, 'valid', valid_col)
     if 'valid' in labels: labels['valid'] = labels.valid.map(_is_valid)
-    good,bad = readable(labels, root)
+    good,bad = readable(labels, root, folder=out/'features')
     out.mkdir(parents=True, exist_ok=True)
     print(f'{len(good)} images in {good.label.nunique()} classes; {len(bad)} other files cannot be read', flush=True)
     learn = audit_learner(good, root, arch, weights, not no_pretrained, size, bs, out, seed)
-    found = audit_labels(learn, k, epochs, 1e-3 if no_pretrained else 3e-3, out/'features', seed,
+    found = audit_labels(learn, k, epochs, 1e-3 if no_pretrained else None, out/'features', seed,
                          features=not no_pretrained, fine_tune=fine_tune, co_lambda=co_lambda, forget_rate=forget_rate)
     return _write(_by_file(found, good, root), good, bad, root, source, out, n, least, command)
 

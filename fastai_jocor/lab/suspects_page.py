@@ -6,7 +6,7 @@
 __all__ = ['picture_side', 'thumbnail', 'digest', 'review_page']
 
 # %% ../../nbs/lab/04d_suspects_page.ipynb #ea45c219
-import hashlib, html, io, json, pandas as pd
+import hashlib, html, io, json, os, pandas as pd
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from PIL import Image, ImageOps
@@ -28,6 +28,9 @@ def thumbnail(
     out = io.BytesIO()
     try:
         with Image.open(file) as im:
+            small = max(im.size) <= side and os.stat(file).st_size <= side*side
+            if small and im.format == 'JPEG' and not im.getexif():
+                return data_url(Path(file).read_bytes(), 'jpeg')
             im.draft('RGB', (2*side, 2*side))
             im = ImageOps.exif_transpose(im).convert('RGB')
             im.thumbnail((side, side))
