@@ -107,10 +107,11 @@ def by_way(df, value):
 def against_best(df):
     "Average precision of each audit less that of the best of cleanlab's ways, in points, for each data, noise and seed"
     t = 100*named(df).pivot_table(index=KEY[:3], columns='way', values='average_precision', sort=False)
-    theirs = t[[o for o in t if o.startswith(('lr','mlp'))]]
+    cleanlab = [o for o in t if o.startswith(('lr','mlp'))]
+    t = t.dropna(how='all', subset=cleanlab)
+    best = t[cleanlab].max(axis=1)
     ours = t[[o for o in t if o.startswith('audit')]]
-    best = theirs.max(axis=1)
-    return ours.sub(best, axis=0).add_suffix(' − best').assign(best=best, way=theirs.idxmax(axis=1))
+    return ours.sub(best, axis=0).add_suffix(' − best').assign(best=best, way=t[cleanlab].idxmax(axis=1))
 
 @pd.option_context('display.width', 200, 'display.max_rows', None, 'display.max_columns', None)
 def print_tables(df):

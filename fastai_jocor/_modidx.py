@@ -1286,4 +1286,6 @@ d = { 'settings': { 'branch': 'main',
                                     'fastai_jocor.weigh.Weigh.loss': ('weigh.html#weigh.loss', 'fastai_jocor/weigh.py'),
                                     'fastai_jocor.weigh.Weigh.tau': ('weigh.html#weigh.tau', 'fastai_jocor/weigh.py'),
                                     'fastai_jocor.weigh.Weigh.vote_weight': ('weigh.html#weigh.vote_weight', 'fastai_jocor/weigh.py'),
-                                    'fastai_jocor.weigh._and': ('weigh.html#_and', 'fastai_jocor/weigh.py')}}}
+                                    'fastai_jocor.weigh._and': ('weigh.html#_and', 'fastai_jocor/weigh.py'),
+                                    'fastai_jocor.weigh.scarce': ('weigh.html#scarce', 'fastai_jocor/weigh.py'),
+                                    'fastai_jocor.weigh.tell_scarce': ('weigh.html#tell_scarce', 'fastai_jocor/weigh.py')}}}

@@ -2,7 +2,7 @@
 import copy, pytest, torch
 from fastai.vision.all import Callback, load_learner, nn, params
 from fastai_jocor.all import Checkpoint, JoCorCallback, Symmetric, jocor_mlp
-from fastai_jocor.evidence import evidence_state
+from fastai_jocor.evidence import Evidence, evidence_state, hidden_from, load_evidence
 from fastai_jocor.record import Sightings, lost_classes
 from learners import Step, digits, finite, same, tensors, weights
 from sklearn.datasets import load_digits
@@ -73,6 +73,43 @@ def test_a_resumed_fit_ends_with_the_same_bits(tmp_path):
     assert same(weights(a.model), weights(b.model))
     assert same_state(evidence_state(one.evidence), evidence_state(two.evidence)) and len(one.evidence.rows) == 6
     assert one.history.equals(two.history) and one.estimate == two.estimate and one.lam == two.lam > 0
+
+# --- classes with few items
+
+def with_few(n, k=2, epochs=2, **kwargs):
+    "A fit on digits, of which n are a 3"
+    d = load_digits()
+    x,y = torch.tensor(d.images).float().div(16)[:,None],torch.tensor(d.target)
+    at = torch.cat([(y != 3).nonzero()[:700,0], (y == 3).nonzero()[:n,0]])
+    x,y = x[at],y[at]
+    learn = tensors(x, y, jocor_mlp(10, 64))
+    learn.fit(epochs, 1e-2, cbs=(cb := JoCorCallback(k=k, **kwargs)))
+    return cb,y
+
+@quiet_of_classes
+def test_the_labels_of_scarce_classes_are_told_after_an_epoch():
+    cb,y = with_few(19)
+    e,drawn = cb.evidence,hidden_from(len(y), 2)
+    assert (drawn[y == 3] >= 0).any() and (e.hidden[y == 3] < 0).all()
+    assert torch.equal(e.hidden[y != 3], drawn[y != 3]) and e.rows[0]['n'] == 142 > e.rows[1]['n']
+    items,_ = e.untold.known()
+    assert items.tolist() == (e.hidden >= 0).nonzero()[:,0].tolist()
+    new = Evidence(len(y), 2, 10)
+    load_evidence(new, copy.deepcopy(evidence_state(e)))
+    assert all((a == b).all() for a,b in zip(new.untold.known(), e.untold.known()))
+
+@quiet_of_classes
+@pytest.mark.parametrize('n,kwargs', [(20,{}), (19,dict(hidden=.1)), (19,dict(hidden=.5))])
+def test_other_labels_stay_hidden(n, kwargs):
+    cb,y = with_few(n, **kwargs)
+    assert torch.equal(cb.evidence.hidden, hidden_from(len(y), 2, 0, kwargs.get('hidden')))
+
+@quiet_of_classes
+def test_labels_stay_hidden_where_all_classes_are_small():
+    d = load_digits()
+    x,y = torch.tensor(d.images[:120]).float().div(16)[:,None],torch.tensor(d.target[:120])
+    tensors(x, y, jocor_mlp(10, 64)).fit(2, 1e-2, cbs=(cb := JoCorCallback(k=2)))
+    assert y.bincount().max() < 20 and torch.equal(cb.evidence.hidden, hidden_from(120, 2))
 
 # --- on a GPU
 
