@@ -1,4 +1,4 @@
-"""Past JoCoR: do common votes, early-learning regularisation or mixup beat the default?
+"""Past JoCoR: do common votes, early-learning regularisation, mixup or a cascade beat the default?
 
     python benchmarks/beyond.py --path FOLDER               # all rows that are missing
     python benchmarks/beyond.py --path FOLDER --part large  # 50,000 features
@@ -11,7 +11,9 @@ Each row of results/beyond.csv is one run. Rows that are there are not run again
 - `votes` is `JoCorCallback(k=3, plus='votes')`;
 - `elr`: early-learning regularisation (Liu et al. 2020) beside the default. Each item has a running mean of the
   peers' mean probability (beta 0.7), from which no prediction should move away (weight 3: the paper's for CIFAR-10);
-- `mixup`: the kept items are mixed with one another after selection (Zhang et al. 2018), in a second forward pass.
+- `mixup`: the kept items are mixed with one another after selection (Zhang et al. 2018), in a second forward pass;
+- `cascade`: the first peer trains on all items, the second where the first one predicts the label, the third where
+  the second one does (after CUFIT, Ahn et al. 2024, whose first network is a probe on the body, as here on features).
 """
 import os, torch
 from pathlib import Path
@@ -66,10 +68,29 @@ class MixKeptCallback(JoCorCallback):
         own,others = (self.joint_losses(shown, lp, y)[1] for y in (targ, targ[other]))
         return (times*(a*own+(1-a)*others)).sum()/times.sum(), times, losses
 
+class CascadeCallback(JoCorCallback):
+    "Each peer trains on the items whose label the peer before it predicts, and the last one is the model"
+    def __init__(self, **kwargs): super().__init__(rule='evidence', **kwargs)
+
+    def batch_loss(self, logits, targ, R):
+        loss,times,losses = super().batch_loss(logits, targ, R)
+        if self.finding: return loss, times, losses
+        own = torch.stack([F.cross_entropy(o, targ, reduction='none') for o in plain(logits)])
+        kept = torch.ones_like(own)
+        kept[1:] = (logits[:-1].argmax(-1) == targ).float()
+        return ((kept*own).sum(1)/kept.sum(1).clamp_min(1)).sum(), kept[-1], own[-1]
+
+    def after_fit(self):
+        "From now on, the mean of the peers' probabilities is that of the last one"
+        super().after_fit()
+        peers = list(self.model.peers)
+        for o in [] if self.finding else peers[:-1]: o.load_state_dict(peers[-1].state_dict())
+
 ways = dict(default=Method(callback=lambda tau: JoCorCallback(k=3)),
             votes=Method(callback=lambda tau: JoCorCallback(k=3, plus='votes')),
             elr=Method(callback=lambda tau: EarlyLearningCallback(k=3)),
-            mixup=Method(callback=lambda tau: MixKeptCallback(k=3)))
+            mixup=Method(callback=lambda tau: MixKeptCallback(k=3)),
+            cascade=Method(callback=lambda tau: CascadeCallback(k=3)))
 everyday.methods.update(ways)
 tables['features10k'] = Data(features10k, feature_learner, 128, [], [])
 

