@@ -1,6 +1,6 @@
 """How well are wrong labels found? `audit_labels` against cleanlab, votes of neighbours, and top losses
 
-    pip install cleanlab
+    pip install cleanlab datasets
     python benchmarks/find.py --path FOLDER         # all rows that are missing, then the tables
     python benchmarks/find.py --path FOLDER --data clothing --ways audit_3,lr --seeds 1
     python benchmarks/find.py --path FOLDER --data features5k,clothing --ways fit_3   # how sure an ordinary fit is
@@ -13,6 +13,7 @@ there are not made again. All ways see the same given labels, and none sees the 
     audit_2, _3, _5   `audit_labels` with so many heads on features; with whole models for text and tables
     lr                cleanlab, on probabilities of 5-fold cross-validation of scikit-learn's logistic regression
     mlp               cleanlab, on probabilities of 5-fold cross-validation of the same head or whole model
+    datalab           cleanlab's Datalab, which is given the features alone, and finds their neighbours
     ledger            one network trained by `JoCorCallback(k=1)`, and the ledger's score `recent`
     fit_3             three networks trained by `JoCorCallback(k=3)` as for use, and their list of suspects
     neighbours        the share of the 10 nearest neighbours (by cosine) that have the label, as in SimiFeat
@@ -22,7 +23,7 @@ Features are what a pretrained body sees, as their first 256 principal component
 with symmetric 30 on clothing, its average precision is 0.87 on them, and 0.74 on all 1,280 numbers. For text and
 tables, `lr` and `neighbours` see TF-IDF of words, or standardised numbers beside one-hot categories. All networks have
 the same size, optimizer, learning rate and number of epochs. cleanlab's two label qualities have a row each, and
-1 − quality stands for the probability that a label is wrong. Datalab is left out: it needs the package `datasets`.
+1 − quality stands for the probability that a label is wrong.
 
 Seconds go from features to the list, on one thread. `cpu_seconds` do not count what other programs did meanwhile.
 """
@@ -88,7 +89,7 @@ def do_run(key, path):
 def order(data, which, seeds):
     "All that is to be run, the most telling first"
     last = 'audit_2','audit_5'
-    slow = 'ledger','neighbours','top_loss'
+    slow = 'ledger','neighbours','top_loss','datalab'
     rank = lambda d, w: (w in last, d == 'features10k', d == 'features' and w in slow, d == 'features' and w == 'mlp',
                          d in ('trec','adult'))
     keys = [(d, noise, seed, w) for d in data for seed in range(min(tables[d].seeds, seeds))
@@ -107,7 +108,7 @@ def by_way(df, value):
 def against_best(df):
     "Average precision of each audit less that of the best of cleanlab's ways, in points, for each data, noise and seed"
     t = 100*named(df).pivot_table(index=KEY[:3], columns='way', values='average_precision', sort=False)
-    cleanlab = [o for o in t if o.startswith(('lr','mlp'))]
+    cleanlab = [o for o in t if o.startswith(('lr','mlp','datalab'))]
     t = t.dropna(how='all', subset=cleanlab)
     best = t[cleanlab].max(axis=1)
     ours = t[[o for o in t if o.startswith('audit')]]

@@ -134,6 +134,15 @@ def mlp(table, d, y, seed):
         p[out] = said(trained(table, part, y[train], 10*seed+fold), 1)
     return by_cleanlab(y, p)
 
+def datalab(table, d, y, seed):
+    "cleanlab's Datalab, which is given features alone"
+    from cleanlab import Datalab
+    lab = Datalab(dict(label=y), label_name='label', verbosity=0)
+    lab.find_issues(features=np.asarray(table.matrix(d.x), np.float32), issue_types=dict(label={}))
+    found = lab.get_issues('label')
+    wrong = 1-found.label_score.to_numpy()
+    return dict(label_score=Found(wrong, found.is_label_issue.to_numpy(bool), wrong))
+
 def neighbours(table, d, y, seed):
     x = normalize(table.matrix(d.x))
     near = NearestNeighbors(n_neighbors=10).fit(x).kneighbors(return_distance=False)
@@ -146,4 +155,4 @@ def top_loss(table, d, y, seed):
     return dict(loss=Found(-p[np.arange(len(y)),y]))
 
 ways = dict(audit_3=audit(3), lr=lr, mlp=mlp, ledger=ledger, neighbours=neighbours, top_loss=top_loss, fit_3=fit(3),
-            audit_2=audit(2), audit_5=audit(5))
+            audit_2=audit(2), audit_5=audit(5), datalab=datalab)

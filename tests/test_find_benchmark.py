@@ -1,7 +1,9 @@
 "The figures of benchmarks/find.py, and a dry run of its ways"
-import numpy as np, pandas as pd, pytest
+import json, numpy as np, pandas as pd, pytest, torch
 from pathlib import Path
+from fastai.vision.all import resnet18
 from fastcore.test import test_close as close
+from pictures import digit_files
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,6 +81,13 @@ def test_dry_run_of_cleanlab(find, monkeypatch, tmp_path):
     assert set(t.way) == {f'{way} {o}' for way in ('lr','mlp') for o in ('self_confidence','normalized_margin')}
     assert (t.average_precision > .8).all() and t.ece.notna().all() and (t.expected > 0).all()
 
+def test_dry_run_of_datalab(find, monkeypatch, tmp_path):
+    for name in ('cleanlab','datasets'): pytest.importorskip(name)
+    few(find, monkeypatch)
+    find.do_run(('digits','symmetric 20',0,'datalab'), tmp_path)
+    row = find.rows().iloc[0]
+    assert row.average_precision > .8 and row.listed > 0 and 0 <= row.ece <= 1
+
 def test_missing_data_are_named(find, tmp_path, capsys):
     find.do_run(('clothing','symmetric 30',0,'lr'), tmp_path)
     assert 'clothing_features.npz' in capsys.readouterr().out and not find.FILE.exists()
@@ -87,3 +96,18 @@ def test_print_tables(find, capsys):
     find.print_tables(frame(find))
     out = capsys.readouterr().out
     assert 'audit_3 − best' in out and out.index('lr self_confidence') < out.index('top_loss')
+
+def test_the_stages_of_an_audit_are_timed(find, monkeypatch, tmp_path):
+    import audit_time
+    torch.save(resnet18(weights=None).state_dict(), tmp_path/'weights.pth')
+    monkeypatch.setattr(audit_time, 'FILE', tmp_path/'audit_time.json')
+    audit_time.main(str(digit_files(tmp_path/'digits', 90)), weights=str(tmp_path/'weights.pth'), size=32)
+    row = json.loads(audit_time.FILE.read_text())
+    for part in (row['first'],row['again']):
+        assert set(part) == {*audit_time.stages,'all'} and min(part.values()) >= 0
+    assert row['size'] == 32 and row['items'] == len(list((tmp_path/'digits').rglob('*.png')))
+
+def test_a_table_without_cleanlab(find):
+    "Rows of an audit that cleanlab has no row beside are left out of the comparison"
+    df = frame(find)
+    assert len(find.against_best(pd.concat([df, df[df.way == 'audit_3'].assign(seed=5)]))) == 2
