@@ -104,6 +104,7 @@ def main(
     memory:int=-1 # Only print the megabytes that a fit with so many peers adds
 ):
     "Measure, print and write the ratios"
+    torch.set_flush_denormal(True)
     if memory >= 0: return print(peak(memory))
     out = dict(k=k, rounds=rounds, **{name: timing(name, k, rounds) for name in nets}, machine=machine())
     def mb(k):
