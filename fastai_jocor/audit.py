@@ -75,7 +75,7 @@ def rank_suspects(
 )->pd.DataFrame: # By position in the training set, most suspect first; has `score` and `evidence`
     "Rank the items whose label looks wrong"
     if score not in suspect_scores:
-        raise ValueError(f"score={score!r} is unknown: it must be one of {', '.join(suspect_scores)}")
+        raise ValueError(f"score={score!r} is unknown: choose one of {', '.join(suspect_scores)}")
     whole = lambda n: isinstance(n, (int, np.integer)) and n >= 0
     if n is not None: check_number('n', n, whole, 'be a number of items, at least 0, or None for all that stand out')
     f = ledger.dropna(subset=['given_label', 'predicted_label', 'prob'])

@@ -67,7 +67,7 @@ def check_contrast(
 )->str: # `kind`
     "Return `kind`, or raise a `ValueError` if it names no contrast"
     if isinstance(kind, str) and kind in contrasts: return kind
-    raise ValueError(f"contrast={kind!r} is unknown: it must be one of {', '.join(map(repr, contrasts))}"
+    raise ValueError(f"contrast={kind!r} is unknown: choose one of {', '.join(map(repr, contrasts))}"
                      f"{did_you_mean(kind, contrasts)}")
 
 def check_co_lambda(

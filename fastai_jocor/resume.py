@@ -64,7 +64,7 @@ class Checkpoint(Callback):
     def __init__(self,
         file:str|Path|None=None, # `None`: `checkpoint.pth` in the learner's `path/model_dir`
         every:int=1, # Epochs between checkpoints, at least 1
-        seconds:float|None=None, # Save after an epoch, too, if the last one is older
+        seconds:float|None=None, # Also save after an epoch if the last checkpoint is this old
         config:dict|None=None # Plain values that must be the same for a run to go on
     ):
         check_number('every', every, lambda v: v >= 1, 'be at least 1: the epochs between checkpoints')

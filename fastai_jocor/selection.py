@@ -59,7 +59,7 @@ def select_small(
     n:int|None=None, # Items to keep; `None`: `keep_count(N, R)`
     finite:bool=False # Whether all losses are known to be finite, which saves the check
 )->Tensor: # Indices of the kept items, smallest loss first, shape (n,); repeated if too few are finite
-    "Small-loss selection, without a host synchronisation; items without a finite loss come last"
+    "Small-loss selection among the finite losses, without a host synchronisation"
     check_forget_rate(R, 'R')
     if loss.ndim != 1 or not len(loss):
         raise ValueError(f"loss of shape {tuple(loss.shape)} must have one dimension with at least "
