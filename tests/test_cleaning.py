@@ -81,7 +81,7 @@ def check_record(new, dls, left, want):
 
 @pytest.mark.parametrize('index,label,how,message', [
     ([0, 0], '1', 'drop', 'each once'), ([5000], '1', 'drop', 'position'), ([-1], '1', 'drop', 'position'),
-    ([.5], '1', 'drop', 'position'), ([0], 'x', 'relabel', 'not among the classes'), ([0], '1', 'hide', "how='hide'"),
+    ([.5], '1', 'drop', 'position'), ([0], 'x', 'relabel', 'that are no classes'), ([0], '1', 'hide', "how='hide'"),
     (range(1257), '1', 'drop', 'nothing is left')])
 def test_cleaned_refuses(index, label, how, message):
     s = pd.DataFrame(dict(predicted_label=label), index=list(index))
