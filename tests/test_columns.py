@@ -68,4 +68,4 @@ def test_what_does_not_fit():
         with pytest.raises(ValueError, match=error): ColumnLabels(df, *cols)
     with pytest.raises(ValueError, match='1 of 4 labels in label_col'):
         ColumnLabels(df.assign(given=['a',None,'b','a']), 'given', 'true')
-    with pytest.raises(ValueError, match='several rows alike'): ColumnLabels(pd.concat([df, df]), 'given', 'true')
+    with pytest.raises(ValueError, match='index of df is not'): ColumnLabels(pd.concat([df, df]), 'given', 'true')
