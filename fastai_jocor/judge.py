@@ -39,7 +39,7 @@ def _check(learn, k, epochs, lr, kwargs):
     if epochs is not None:
         whole = lambda v: isinstance(v, int) and v >= 1
         check_number('epochs', epochs, whole, 'be an integer of at least 1, or None: 10 to 30')
-    check_number('lr', lr, lambda v: v > 0, 'be above 0: the maximum learning rate')
+    check_number('lr', lr, lambda v: v > 0, 'be above 0: the largest learning rate')
     for name in ('rule','hidden'):
         if name not in kwargs: continue
         raise ValueError(f"{name}={kwargs[name]!r} cannot be chosen: each label is hidden from one peer")
@@ -55,9 +55,9 @@ class NoValidation(Callback):
 def fit_heads(
     learn:Learner, # With one class per item; left unchanged
     k:int=3, # Number of peers, at least 2
-    epochs:int|None=None, # Number of epochs, at least 1; `None`: `default_epochs`
-    lr:float=3e-3, # Maximum learning rate of the one-cycle schedule, above 0
-    folder:str|Path|None=None, # Folder for files of features; `None`: `feature_folder()`
+    epochs:int|None=None, # Number of epochs; `None`: see `default_epochs`
+    lr:float=3e-3, # Largest learning rate of one cycle
+    folder:str|Path|None=None, # Folder for files of features; `None`: that of `feature_folder()`
     features:bool=True, # Train heads on features; `False`: the whole model, re-initialised
     seed:int=0, # Seed of weights, batches and hidden labels
     progress:bool=True, # Show progress bars

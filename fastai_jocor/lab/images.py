@@ -14,8 +14,8 @@ from ..losses import did_you_mean
 def readable(
     df:pd.DataFrame, # With columns `file` and `label`
     root, # Folder that the files are relative to
-    least:int=10 # Fewest images
-)->tuple: # The rows of readable images; the names of the other files
+    least:int=10 # Images that are needed
+)->tuple: # The rows of the files that are images; the names of the other files
     "Find the files that are images, or raise a `ValueError` if there are too few"
     files = [Path(root)/o for o in df.file]
     if len(files) < 500: bad = {o for o in files if not verify_image(o)}
