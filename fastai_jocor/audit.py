@@ -26,7 +26,7 @@ def _class_names(codes, vocab):
 
 @patch(as_prop=True)
 def ledger(self:PeersCallback)->pd.DataFrame: # A row per item, by position in the training set
-    "The ledger with names of items and classes; also `true_label` and `flipped` where the truth is known"
+    "The ledger with names of items and classes; also `true_label` and `flipped` if these are known"
     f = _ledger_of(self).frame()
     by_name = partial(_class_names, vocab=self.source.vocab)
     names = pd.DataFrame(dict(
@@ -54,9 +54,9 @@ suspect_scores = dict(
 Score = Literal['recent','last','loss','prob','margin','votes','rejected'] # Their names, for annotations
 
 def is_suspect(
-    ledger:pd.DataFrame # `cb.ledger`, or the raw frame of a `Ledger`, without items that were not seen
-)->pd.Series: # bool
-    "Whether the prediction is not the label, and at least as sure as the mean over the items with that label"
+    ledger:pd.DataFrame # `cb.ledger`, or `Ledger.frame()`, without items that were not seen
+)->pd.Series: # bool, a value per row
+    "Whether a label other than the given one is predicted with confidence (confident learning)"
     least = ledger.prob.groupby(ledger.given_label).mean()
     least = ledger.predicted_label.map(least).astype(float).fillna(np.inf)
     return (ledger.predicted_label != ledger.given_label) & (ledger.conf >= least)
@@ -67,12 +67,12 @@ def _evidence(r):
 
 # %% ../nbs/14_audit.ipynb #5ca1e001
 def rank_suspects(
-    ledger:pd.DataFrame, # `cb.ledger`, or one of `load_ledger`
-    n:int|None=None, # At most so many; `None` for all
-    score:Score='recent', # By what, from the ledger
-    p_wrong:np.ndarray|None=None, # Probability that each label is wrong, shape (n,); `None` where not known
-    least:float=.5 # Least such probability, in [0, 1]
-)->pd.DataFrame: # By position in the training set, the most suspect first, with `score` and `evidence`
+    ledger:pd.DataFrame, # `cb.ledger`, or one from `load_ledger`
+    n:int|None=None, # Most rows to return; `None` for all
+    score:Score='recent', # What to rank by: a key of `suspect_scores`
+    p_wrong:np.ndarray|None=None, # P(label is wrong), one per row; `None`: decide by `is_suspect`
+    least:float=.5 # Smallest `p_wrong` of a suspect, in [0, 1]
+)->pd.DataFrame: # By position in the training set, most suspect first; has `score` and `evidence`
     "Rank the items whose label looks wrong"
     if score not in suspect_scores:
         raise ValueError(f"score={score!r} is unknown: choose one of {', '.join(suspect_scores)}")
@@ -80,8 +80,8 @@ def rank_suspects(
     if n is not None: check_number('n', n, whole, 'be a number of items, at least 0, or None for all that stand out')
     f = ledger.dropna(subset=['given_label', 'predicted_label', 'prob'])
     if len(ledger) and not len(f):
-        raise ValueError("ledger holds no item with one given label that was seen: "
-                         "several labels an item cannot be ranked")
+        raise ValueError("ledger has seen no item with one given label: "
+                         "items with several labels cannot be ranked")
     if p_wrong is None: listed = is_suspect(f)
     else:
         f = f.assign(p_wrong=pd.Series(p_wrong, ledger.index))
@@ -94,8 +94,8 @@ def rank_suspects(
 
 # %% ../nbs/14_audit.ipynb #d0ub7002
 @patch(as_prop=True)
-def certainty(self:PeersCallback)->Certainty: # `None` where too few labels were hidden from a peer
-    "How probable it is that each label is wrong"
+def certainty(self:PeersCallback)->Certainty: # `None` if fewer than 100 labels were hidden from a peer
+    "The probability that each label is wrong, and how far it can be trusted"
     e,known = self.evidence,getattr(self, '_certainty', None)
     if None in (e, self.items, self.estimate) or (e.hidden >= 0).sum() < Certainty.least: return None
     of = e,self.items,self.done
@@ -104,8 +104,8 @@ def certainty(self:PeersCallback)->Certainty: # `None` where too few labels were
     return known[1]
 
 @patch(as_prop=True)
-def p_wrong(self:PeersCallback)->np.ndarray: # Shape (n,), NaN where not seen; `None` where not known
-    "Probability that each label is wrong"
+def p_wrong(self:PeersCallback)->np.ndarray: # Shape (n,), NaN if not seen; `None` without `certainty`
+    "Probability that each training label is wrong"
     return None if self.certainty is None else self.certainty.p_wrong
 
 def _list_of(cb, n, score, least):
@@ -113,7 +113,7 @@ def _list_of(cb, n, score, least):
     c = cb.certainty
     if c is None and least is not None:
         raise ValueError(f"least={least!r} needs probabilities, and too few labels were hidden from a peer: "
-                         "they come with rule='evidence' and one class an item")
+                         "they come with rule='evidence' and one class per item")
     least = ifnone(least, .5)
     check_number('least', least, lambda v: 0 <= v <= 1, 'lie in [0, 1]: a probability that a label is wrong')
     p = None if c is None or not c.learned else c.p_wrong
@@ -125,12 +125,12 @@ def _warn_if_unsure(cb):
 # %% ../nbs/14_audit.ipynb #d0ub7003
 @patch
 def suspects(self:PeersCallback,
-    n:int|None=None, # At most so many; `None` for all
-    score:Score='recent', # By what, from the ledger
-    least:float|None=None, # Least probability that the label is wrong, in [0, 1]; `None`: 0.5
-    anyway:bool=False # List what stands out even if nothing was learned
-)->pd.DataFrame: # By position in the training set, the most suspect first
-    "Rank the items whose labels look wrong (`rank_suspects`)"
+    n:int|None=None, # Most rows to return; `None` for all
+    score:Score='recent', # What to rank by: a key of `suspect_scores`
+    least:float|None=None, # Smallest `p_wrong` of a suspect, in [0, 1]; `None`: 0.5
+    anyway:bool=False # List what stands out even if the peers have learned nothing
+)->pd.DataFrame: # Indexed by position in the training set, most suspect first
+    "Rank the training items whose labels look wrong (`rank_suspects`)"
     f,c = _list_of(self, n, score, least),self.certainty
     _warn_if_unsure(self)
     if c is None or c.trusted: _warn_if_empty(f, n)
@@ -140,15 +140,15 @@ def suspects(self:PeersCallback,
     return f
 
 def _warn_if_empty(f, n):
-    if f.empty and n != 0: warnings.warn("no label stands out: the peers vote against none with confidence")
+    if f.empty and n != 0: warnings.warn("no label stands out: the peers contradict none with confidence")
 
 @patch
 def expected_wrong(self:PeersCallback)->dict: # `expected`, `low`, `high`, `n`, `listed`, `in_list`
     "How many labels are expected to be wrong, in the training set and in the list of suspects"
     c = self.certainty
     if c is None:
-        raise ValueError("the callback knows no probabilities: train with it first, by rule='evidence', "
-                         "on some hundred items of one class each")
+        raise ValueError("the callback knows no probabilities: train with it first, with rule='evidence', "
+                         "on a few hundred items or more, with one class per item")
     f = _list_of(self, None, 'recent', None) if c.learned else self.ledger[:0].assign(p_wrong=0.)
     return c.expected | dict(listed=len(f), in_list=float(f.p_wrong.sum()))
 
@@ -168,11 +168,11 @@ def _show(x, ax):
 
 def show_item(
     ds, # The data set
-    i:int, # Position in it
-    row, # A suspect, as `itertuples` gives it
-    ax # Axis to show it on
+    i:int, # Position in `ds`
+    row, # A suspect, as `itertuples` yields it
+    ax # Axes to show it on
 ):
-    "Show an item with its given and predicted label, in green where the prediction is known to be right"
+    "Show an item with its given and predicted label, in green if the prediction is known to be right"
     _show(_picture(ds, i), ax)
     right = getattr(row, 'true_label', None) == row.predicted_label
     color = 'tab:green' if right else plt.rcParams['text.color']
@@ -181,14 +181,14 @@ def show_item(
 @patch
 def plot_suspects(self:PeersCallback,
     n:int=9, # Number of suspects
-    suspects:pd.DataFrame|None=None, # Of `cb.suspects`, perhaps in another order; `None` for the first
+    suspects:pd.DataFrame|None=None, # Rows of `cb.suspects()`, in any order; `None`: the first ones
     ncols:int|None=None # Pictures in a row; `None`: about as many as rows
-)->list|None: # Axes; `None` where there is no suspect
-    "Show suspects with their given and predicted labels, in green where the prediction is known to be right"
+)->list|None: # Axes; `None` if there is no suspect
+    "Show suspects with given and predicted labels, in green if the prediction is known to be right"
     if suspects is not None: _warn_if_unsure(self)
     s = (self.suspects() if suspects is None else suspects).head(n)
     if self.source.ds is None:
-        raise ValueError("the callback has lost sight of the training set, as after it was unpickled: "
+        raise ValueError("the callback no longer has the training set, as after it was unpickled: "
                          "train with it again")
     if not len(s): return
     axs = get_grid(len(s), ncols=ncols)
@@ -198,10 +198,10 @@ def plot_suspects(self:PeersCallback,
 # %% ../nbs/14_audit.ipynb #a0d10022
 @patch
 def plot_ledger(self:PeersCallback,
-    ax:plt.Axes|None=None, # Axis to plot on; `None` makes one
-    bins:int=60 # Of the histogram
-)->plt.Axes: # The axis
-    "Plot a histogram of the items' mean joint loss, with the loss above which lies the share τ"
+    ax:plt.Axes|None=None, # Axes to plot on; `None` makes them
+    bins:int=60 # Number of bins
+)->plt.Axes: # The axes
+    "Histogram of the items' mean joint loss; a line marks the loss above which a share τ lies"
     f = self.ledger.dropna(subset=['loss'])
     groups = {'clean': f[~f.flipped], 'flipped': f[f.flipped]} if 'flipped' in f else {'all items': f}
     if ax is None: ax = plt.subplots(figsize=(6,3), layout='constrained')[1]
@@ -216,9 +216,9 @@ def plot_ledger(self:PeersCallback,
 # %% ../nbs/14_audit.ipynb #a0d10029
 def estimated_record(
     ledger:Ledger, # `cb.items`
-    vocab # Class names, or their number
-)->NoiseRecord: # The predictions of the suspects, and the labels of all other items, as the true labels
-    "Make a record of label noise from a ledger"
+    vocab # Class names, or the number of classes
+)->NoiseRecord: # Of the items that were seen
+    "A noise record that takes suspects' predicted labels, and others' given labels, as the true ones"
     f = seen_items(ledger)
     believed = f.given_label.mask(is_suspect(f), f.predicted_label)
     return NoiseRecord(believed.to_numpy(), f.given_label.to_numpy(), vocab)
@@ -226,16 +226,16 @@ def estimated_record(
 def _single_label_items(cb):
     items = _ledger_of(cb)
     if not cb.multi_label: return items
-    raise ValueError("a transition matrix needs one class an item: this training had several labels an item")
+    raise ValueError("a transition matrix needs one class per item, but these items have several labels")
 
 @patch
-def transition(self:PeersCallback)->np.ndarray: # Row: true class, column: given label, shape (C, C)
-    "Estimate the transition matrix of the labels from the ledger (`confident_joint`)"
+def transition(self:PeersCallback)->np.ndarray: # `T[i,j]` = P(given j | true i), shape (C, C)
+    "Estimate the transition matrix of the label noise from the ledger (`confident_joint`)"
     return transition_of(confident_joint(_single_label_items(self), self.n_classes))
 
 @patch
 def plot_transition(self:PeersCallback)->np.ndarray: # Axes
-    "Plot the estimated transition matrix, beside the true one where it is known"
+    "Plot the estimated transition matrix, beside the true one if it is known"
     items = _single_label_items(self)
     estimated = estimated_record(items, ifnone(self.source.vocab, self.n_classes))
     records = [estimated] if self.noise is None else [estimated, self.noise]

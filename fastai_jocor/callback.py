@@ -138,7 +138,7 @@ def joint_losses(self:JoCorCallback,
     log_probs:Tensor, # Their log-probabilities, shape (k, N, C)
     targ:Tensor # Given labels, shape (N,)
 )->tuple: # Two losses per item, shape (N,) each: to compare items by, and, with class weights, to train by
-    "The joint loss (JoCoR, equations 1 to 4), without and with class weights"
+    "The joint loss (JoCoR, equations 1 to 3), without and with class weights"
     s,lam = self.selection,self.lam
     ranked = joint_loss(logits, targ, lam, self.contrast, s.unweighted, log_probs)
     if s.weight is None: return ranked, ranked

@@ -17,11 +17,11 @@ from .audit import suspect_scores
 
 # %% ../nbs/15_cleaning.ipynb #c1ea0010
 def cleaned(
-    dls:DataLoaders, # In-memory ones, of a `DataBlock` with one label an item, or of a `TabularPandas`
-    suspects:pd.DataFrame, # Of `cb.suspects()`, or those of them that you agree with
-    how:str='drop' # `drop` them, or `relabel` them as predicted
-)->DataLoaders: # The validation set is the same; a record of label noise is of the items and labels that are left
-    "Make `DataLoaders` without suspects, or with their predicted labels"
+    dls:DataLoaders, # In memory, from a `DataBlock`, or of a `TabularPandas`; one label per item
+    suspects:pd.DataFrame, # From `cb.suspects()`: all rows, or those that you agree with
+    how:str='drop' # `drop` them, or `relabel` them with their predicted labels
+)->DataLoaders: # With the same validation set; `noise` is the record of the remaining items
+    "`DataLoaders` without the suspects, or with their predicted labels"
     train,ds = dls.train,dls.train.dataset
     vocab = _vocab_of(dls)
     if how not in ('drop', 'relabel'): raise ValueError(f"how={how!r} must be 'drop' or 'relabel'")
@@ -39,10 +39,10 @@ def _vocab_of(dls):
     ds,vocab = dls.train.dataset,class_names_of(dls)
     targets = ds.y_names if isinstance(ds, Tabular) else getattr(ds, 'tls', [])[1:]
     if vocab is not None and len(targets) == 1: return vocab
-    raise ValueError(f"dls hold a {type(ds).__name__}: they must give pairs of an input and one class")
+    raise ValueError(f"dls hold a {type(ds).__name__}: they must yield pairs of an input and one class")
 
 def _positions(suspects, ds):
-    "Positions of the suspects in the training set, or a `ValueError` where they are of another one"
+    "Positions of the suspects in the training set; a `ValueError` if they are of another one"
     n = len(ds)
     pos = (suspects.position if 'position' in suspects else suspects.index).to_numpy()
     each_once = pos.dtype.kind in 'iu' and np.isin(pos, range(n)).all() and len(np.unique(pos)) == len(pos)
@@ -52,8 +52,8 @@ def _positions(suspects, ds):
     names = item_names(ds)
     for i,item in zip(pos.tolist(), suspects.get('item', [])):
         if str(names[i]) != str(item):
-            raise ValueError(f"suspects name {item!r} at position {i} of the training set, "
-                             f"where {names[i]!r} is: "
+            raise ValueError(f"suspects have {item!r} at position {i}, where the training set "
+                             f"has {names[i]!r}: "
                              "are they of another split, or without the index of cb.suspects()?")
     return pos.astype(int)
 
@@ -63,14 +63,14 @@ def _predicted(suspects, vocab):
         raise ValueError("suspects have no column 'predicted_label': "
                          "pass the table of cb.suspects(), or some of its rows")
     unknown = sorted(map(str, set(suspects.predicted_label) - set(vocab)))
-    if unknown: raise ValueError(f"suspects predict {unknown[:5]}, which are not among the classes")
+    if unknown: raise ValueError(f"suspects have predicted labels that are no classes: {unknown[:5]}")
     return [vocab.index(o) for o in suspects.predicted_label]
 
 # %% ../nbs/15_cleaning.ipynb #c1ea0015
 class KnownLabel(Transform):
-    "Return the class name of an item as it is; the record of label noise is at `noise`"
+    "Pass class names through unchanged, and hold the record of label noise in `noise`"
     def __init__(self,
-        noise:NoiseRecord|None=None # The record; `None` for none
+        noise:NoiseRecord|None=None # The record; `None` if there is none
     ):
         if noise is not None: self.noise = noise
     def encodes(self, o:str): return o
@@ -85,7 +85,7 @@ def _relabelled_datasets(ds, labels, left, vocab, noise):
 
 # %% ../nbs/15_cleaning.ipynb #c1ea0016
 def _labels_of(dl):
-    "Class index of each item, an array of its own"
+    "Class index of each item, a new array"
     if hasattr(dl, 'relabelled'): return dl.labels
     if isinstance(dl.dataset, Tabular): return dl.dataset.y.to_numpy(dtype=np.int64, copy=True)
     return np.array([int(o) for o in dl.dataset.tls[1]])
@@ -105,7 +105,7 @@ def _loader(train, labels, left, vocab, noise):
     return train.new(ds, **dict(wgts=train.wgts[left]) if hasattr(train, 'wgts') else {})
 
 def _record_of(dls, labels, left):
-    "The record of label noise of the items that are left, or `None`"
+    "The record of label noise of the remaining items, or `None`"
     old = getattr(dls, 'noise', None)
     if not isinstance(old, NoiseRecord) or len(old) != len(labels): return None
     keys = None if old.keys is None else [old.keys[i] for i in left]
@@ -113,7 +113,7 @@ def _record_of(dls, labels, left):
 
 # %% ../nbs/15_cleaning.ipynb #c1ea0021
 class SuspectsLearner(GetAttr):
-    "A learner in which suspects have the largest losses, in their order; the other training items follow"
+    "A learner whose training losses are replaced by the ranks of suspects, for `ImageClassifierCleaner`"
     _default = 'learn'
     def __init__(self,
         learn:Learner, # The learner that was trained
@@ -125,7 +125,7 @@ class SuspectsLearner(GetAttr):
         if not trained: return self.learn.get_preds(dl=dl, **kwargs)
         f = self.cb.items.frame()
         if item_names(dl.dataset) != self.cb.source.names:
-            raise ValueError(f"learn trains on {len(dl.dataset)} items, but the ledger is of {len(f)} others: "
+            raise ValueError(f"learn has {len(dl.dataset)} training items, but the ledger is of {len(f)} others: "
                              "pass the learner that the callback trained")
         labels = _labels_of(dl) if (f.given_label < 0).any() else f.given_label.to_numpy()
         rank = suspect_scores[self.score](f).rank(pct=True).fillna(0.)

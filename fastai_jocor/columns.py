@@ -16,9 +16,9 @@ from .noise import LabelNoise
 def _key(o): return int(o) if isinstance(o, (int,np.integer)) else str(o)
 
 class ColumnLabels(LabelNoise):
-    "The given labels that stand in a column of a table, beside the true ones"
+    "Noise model: given labels from a column of a table that also has the true ones"
     def __init__(self,
-        df:pd.DataFrame, # A row for each item, under the index that the learner's items have
+        df:pd.DataFrame, # A row per item, with the index of the learner's items
         label_col:str, # Column of the given labels
         true_col:str # Column of the true labels, which the learner reads
     ):
@@ -34,14 +34,14 @@ class ColumnLabels(LabelNoise):
         self.given,self.true = (df[col].astype(str).to_numpy() for col in (label_col,true_col))
         self.rows = {_key(o): i for i,o in enumerate(df.index)}
         if len(self.rows) < len(df):
-            raise ValueError("the index of df names several rows alike: call `reset_index(drop=True)` first")
+            raise ValueError("the index of df is not unique: call `reset_index(drop=True)` first")
 
     def __len__(self): return len(self.true)
     def _args(self): return [self.label_col, self.true_col]
     @property
     def rate(self): return float((self.given != self.true).mean())
     def _expected(self, y, classes): return self.rate
-    def official(self): raise ValueError(f"{self} draws nothing: it gives the labels of the table")
+    def official(self): raise ValueError(f"{self} has no official draw: its labels come from the table")
     def transition(self, classes):
         true,given = (self._codes(o, classes) for o in (self.true,self.given))
         return realised_transition(true, given, _n_classes(classes))
@@ -51,16 +51,16 @@ class ColumnLabels(LabelNoise):
         codes = pd.Index(names).get_indexer(labels)
         if (codes < 0).any():
             unknown = sorted(set(labels[codes < 0]))
-            raise ValueError(f"{self} does not fit: {', '.join(map(repr, unknown[:5]))} of the table "
-                             f"is none of the {len(names)} classes")
+            raise ValueError(f"{self} does not fit: the table holds {', '.join(map(repr, unknown[:5]))}, "
+                             f"not among the {len(names)} classes")
         return codes
 
     def _draw(self, y, classes, seed, keys, items):
         at = np.array([self.rows.get(_key(o), -1) for o in keys])
         if (at < 0).any():
             raise ValueError(f"{self} does not fit: {(at < 0).sum()} of {len(y)} items are not in the table, "
-                             f"such as {keys[int((at < 0).argmax())]!r}; items have to be its rows")
+                             f"such as {keys[int((at < 0).argmax())]!r}; items must be its rows")
         if other := int((self._codes(self.true[at], classes) != y).sum()):
             raise ValueError(f"{self} does not fit: {other} of {len(y)} items have another label in "
-                             f"column {self.true_col!r}; the learner has to read its labels there")
+                             f"column {self.true_col!r}; the learner must read its labels there")
         return self._codes(self.given[at], classes).astype(np.int64)

@@ -17,25 +17,25 @@ from .features import body_of, feature_dls, FeatureItems, Pool
 def new_head(
     n_in:int, # Number of features
     n_out:int, # Number of classes
-    width:int=256 # Of the hidden layer
-)->nn.Module: # (N, n_in) → (N, n_out)
+    width:int=256 # Units of the hidden layer
+)->nn.Module: # (N, n_in) → (N, n_out) logits
     "A perceptron with one hidden layer"
     return nn.Sequential(nn.Linear(n_in, width), nn.ReLU(), nn.Linear(width, n_out))
 
 def fused_adam(
-    params, # Parameters, or groups of them
+    params, # Parameters, or parameter groups
     **kwargs # To torch's AdamW
 )->OptimWrapper: # A fastai optimizer
     "torch's fused AdamW as a fastai optimizer"
     return OptimWrapper(params, opt=partial(torch.optim.AdamW, fused=True), **kwargs)
 
 def feature_learner(
-    learn:Learner, # Its body, its loss and its metrics are used; it is not changed
-    dls:DataLoaders|None=None, # Of `feature_dls`; `None` makes them
-    head:nn.Module|None=None, # (N, features) → (N, C); `None` for `new_head`
+    learn:Learner, # The learner whose body, loss and metrics are used; left unchanged
+    dls:DataLoaders|None=None, # From `feature_dls`; `None` makes them
+    head:nn.Module|None=None, # (N, features) → (N, C) logits; `None`: `new_head`
     **kwargs # To `Learner`
 )->Learner: # On features
-    "A learner that trains a head on what the body of another one sees"
+    "A learner that trains a head on the features of another learner's body"
     if dls is None: dls = feature_dls(learn)
     ds = dls.train.dataset
     if head is None: head = new_head(ds.x.shape[1], len(ds.vocab))
@@ -53,16 +53,16 @@ def _headed(model, projection, head):
 
 @patch
 def take_heads(self:Learner,
-    trained:Learner # Of `feature_learner`, trained with or without peers
-)->Learner: # The learner
+    trained:Learner # From `feature_learner`, trained with or without peers
+)->Learner: # The learner itself, with as many peers as `trained`
     "Put heads that were trained on features back on the learner's body"
     if not isinstance(trained.dls.train.dataset, FeatureItems):
-        raise ValueError(f"trained has {type(trained.dls.train.dataset).__name__} to train on: "
-                         "it must be a learner of feature_learner")
+        raise ValueError(f"trained is a learner on {type(trained.dls.train.dataset).__name__}: "
+                         "it must be one from feature_learner")
     heads = list(trained.model.peers) if isinstance(trained.model, Peers) else [trained.model]
     if isinstance(self.model, Peers): self.to_single()
     if body_of(self.model) is None:
-        raise ValueError(f"learn has a {type(self.model).__name__}, of which no body is known: pass the heads to "
+        raise ValueError(f"learn has a {type(self.model).__name__}, whose body is not known: pass the heads to "
                          "the learner whose features they were trained on")
     models = [_headed(self.model, trained.dls.projection, head) for head in deepcopy(heads)]
     device,mode = next(self.model.parameters()).device,self.model.training

@@ -33,8 +33,8 @@ def _spread(n, most): return np.linspace(0, n-1, min(n, most)).astype(int).tolis
 # %% ../nbs/06a_identity.ipynb #3fca12d9
 def some_labels(
     ds, # A training set
-    most:int=256 # Items to look at
-)->list|None: # Class indices of items that are evenly spread; `None` where they cannot be read alone
+    most:int=256 # Most items to look at
+)->list|None: # Class indices of evenly spaced items; `None` if they cannot be read without the inputs
     "Read some given labels"
     read = _readers(ds)[1]
     if read is None: return None
@@ -42,11 +42,11 @@ def some_labels(
     except Exception: return None # several labels an item, or none at all; training tells what is wrong with them
 
 def other_labels(
-    old:list, # Of `some_labels`
-    new:list, # Of as many items
+    old:list, # From `some_labels`
+    new:list, # From `some_labels`, of as many items
     known:bool=True # Whether the items are known to be the same
-)->bool: # `False` where labels are not known
-    "Whether most labels have changed; where the items may be others too, whether Cohen's κ of both is below 0.5"
+)->bool: # `False` if labels are not known
+    "Whether most labels have changed; if the items may differ too, whether Cohen's κ is below 0.5"
     if None in (old, new) or old == new: return False
     return np.mean(np.equal(old, new)) < .5 if known else cohen_kappa_score(old, new) < .5
 
@@ -58,9 +58,9 @@ def _mark(x):
 
 def some_inputs(
     ds, # A training set
-    most:int=8 # Items to look at
-)->list|None: # What tells inputs apart; `None` where they cannot be read alone, or differ each time
-    "Look at some inputs"
+    most:int=8 # Most items to look at
+)->list|None: # Shape and checksum of each; `None` if they cannot be read alone, or differ each time
+    "Fingerprints of some inputs"
     read = _readers(ds)[0]
     if read is None or not len(ds): return None
     try: marks = [_mark(read(i)) for i in [0, *_spread(len(ds), most)]]
@@ -68,9 +68,9 @@ def some_inputs(
     return marks[1:] if marks[0] == marks[1] else None
 
 def other_inputs(
-    old:list, # Of `some_inputs`
-    new:list # Of as many items
-)->bool|None: # `None` where it cannot be told, as where shapes differ
-    "Whether most inputs are others"
+    old:list, # From `some_inputs`
+    new:list # From `some_inputs`, of as many items
+)->bool|None: # `None` if it cannot be decided, for example if shapes differ
+    "Whether most inputs differ"
     pairs = [(a, b) for a,b in zip(old or [], new or []) if a and b and a[0] == b[0]]
     return sum(a != b for a,b in pairs) > len(pairs)/2 if pairs else None

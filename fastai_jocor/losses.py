@@ -21,7 +21,7 @@ def _kl_circular(lp): return (lp.exp() * (lp - lp.roll(-1,0))).sum((0,-1))
 def _ce(lp):          return -(lp.exp() * (lp.sum(0) - lp)).sum((0,-1))
 def _ce_circular(lp): return -(lp.exp() * lp.roll(-1,0)).sum((0,-1))
 
-default_co_lambda = .8 # Weight λ of the contrast where the user names none
+default_co_lambda = .8 # Weight λ of the contrast if the user gives none
 
 contrasts = dict(kl=_kl, kl_circular=_kl_circular, ce=_ce, ce_circular=_ce_circular)
 Contrast = Literal['kl','kl_circular','ce','ce_circular'] # Their names, for annotations
@@ -29,9 +29,9 @@ Contrast = Literal['kl','kl_circular','ce','ce_circular'] # Their names, for ann
 # %% ../nbs/00_losses.ipynb #1aa309b3
 def check_number(
     name:str, # Name of the argument, for the error
-    value, # What was given
-    ok, # Function that says whether the number will do
-    should:str # What it must do, for the error
+    value, # The value given
+    ok, # Function of the number: whether it is valid
+    should:str # What it must do or be, for the error, such as 'lie in [0, 1]'
 )->float: # `value`
     "Return `value`, or raise a `ValueError` if it is not a number for which `ok` holds"
     number = isinstance(value, Real) and not isinstance(value, bool)
@@ -39,24 +39,24 @@ def check_number(
     raise ValueError(f"{name}={value!r} must {should}")
 
 def closest(
-    name, # What was given
-    known # What may be given
-)->str|None: # One of `known`, or `None` if none is near
-    "What might have been meant"
+    name, # The name given
+    known # The names that exist
+)->str|None: # One of `known`, or `None` if none is similar
+    "The known name that was probably meant"
     return next(iter(difflib.get_close_matches(str(name), [o for o in known if isinstance(o, str)], 1, .4)), None)
 
 def did_you_mean(
-    name, # What was given
-    known # What may be given
-)->str: # Empty if none is near
-    "The end of an error message that names the nearest of what is known"
+    name, # The name given
+    known # The names that exist
+)->str: # Empty if none is similar
+    "The end of an error message, which suggests the most similar known name"
     near = closest(name, known)
     return '' if near is None else f'; did you mean {near!r}?'
 
 def check_choice(
     name:str, # Name of the argument, for the error
-    value, # What was given
-    choices:tuple # What it may be
+    value, # The value given
+    choices:tuple # The values it may have
 )->object: # `value`
     "Return `value`, or raise a `ValueError` if it is none of the choices"
     if value in choices: return value
@@ -71,23 +71,23 @@ def check_contrast(
                      f"{did_you_mean(kind, contrasts)}")
 
 def check_co_lambda(
-    co_lambda:float # Weight of the contrast
+    co_lambda:float # Weight λ of the contrast
 )->float: # `co_lambda`
     "Return `co_lambda`, or raise a `ValueError` if it is outside [0, 1]"
     return check_number('co_lambda', co_lambda, lambda v: 0 <= v <= 1,
-                        'lie in [0, 1]: the share of the contrast in the joint loss')
+                        'lie in [0, 1]: the weight of the contrast in the joint loss')
 
 # %% ../nbs/00_losses.ipynb #51e9f547
 def widened(
     t:Tensor # Any floating dtype
 )->Tensor: # float32 or wider
-    "Half-precision numbers as float32, others as they are"
+    "Cast half precision to float32; leave float32 and float64 as they are"
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 def peer_log_probs(
     logits:Tensor # Logits of the peers, shape (k, N, C), any floating dtype
 )->Tensor: # Shape (k, N, C), float32 or wider
-    "Take the log-softmax over the classes"
+    "Log-softmax over the classes; a `ValueError` if `logits` are not three-dimensional"
     if logits.ndim != 3:
         raise ValueError(f"logits of shape {tuple(logits.shape)} must have three dimensions: "
                          "(peers, items, classes)")
@@ -96,8 +96,8 @@ def peer_log_probs(
 def n_terms(
     k:int, # Number of peers
     kind:Contrast='kl' # Name of a contrast
-)->int: # Number of ordered pairs of peers that the contrast compares; 0 for one peer
-    "Count the terms that `peer_contrast` sums"
+)->int: # k(k-1), or k for the circular contrasts; 0 for one peer
+    "Number of ordered pairs of peers that `peer_contrast` sums over"
     check_contrast(kind)
     return 0 if k<2 else k if kind.endswith('circular') else k*(k-1)
 
@@ -130,7 +130,7 @@ def peer_contrast(
     logits:Tensor, # Logits of the peers, shape (k, N, C), any floating dtype
     kind:Contrast='kl' # Name of a contrast
 )->Tensor: # Sum of the terms per item, shape (N,), float32 or wider; zeros for one peer
-    "Measure how far the peers are apart on each item (JoCoR, equation 3; Fazekas et al. 2023 for k=3)"
+    "How far the peers are apart on each item (JoCoR, equation 3; Fazekas et al. 2023 for k=3)"
     return _contrast(peer_log_probs(logits), kind)
 
 # %% ../nbs/00_losses.ipynb #b3745ea4
@@ -143,16 +143,16 @@ def peer_losses(
     logits:Tensor, # Logits of the peers, shape (k, N, C), any floating dtype
     targ:Tensor, # Given labels, shape (N,), class indices in [0, C)
     loss_func:Callable|None=None, # `f(logits (N, C), targ) -> (N,)`; `None` for cross-entropy
-    log_probs:Tensor|None=None # `peer_log_probs(logits)`, where they are at hand
+    log_probs:Tensor|None=None # `peer_log_probs(logits)`, if already computed
 )->Tensor: # Shape (k, N), float32 or wider
-    "Measure how badly each peer fits the given labels"
+    "Loss of each peer on each item's given label (for k=2 the terms of JoCoR's equation 2)"
     lp = peer_log_probs(logits) if log_probs is None else log_probs
     _check_targ(targ, lp)
     if loss_func is None: return -lp.gather(-1, targ.long().expand(len(lp),-1)[...,None])[...,0]
     losses = [loss_func(z, targ) for z in logits.to(lp.dtype)]
     if losses[0].shape != targ.shape[:1]:
         raise ValueError(f"loss_func={loss_func!r} returned shape {tuple(losses[0].shape)} for "
-                         f"{len(targ)} items: it must give one loss per item (reduction='none')")
+                         f"{len(targ)} items: it must return one loss per item (reduction='none')")
     return torch.stack(losses)
 
 def joint_loss(
@@ -161,9 +161,9 @@ def joint_loss(
     co_lambda:float, # Weight λ of the contrast, in [0, 1]; no effect for one peer
     contrast:Contrast='kl', # `kl`, `kl_circular`, `ce` or `ce_circular`
     loss_func:Callable|None=None, # `f(logits (N, C), targ) -> (N,)`; `None` for cross-entropy
-    log_probs:Tensor|None=None # `peer_log_probs(logits)`, where they are at hand
+    log_probs:Tensor|None=None # `peer_log_probs(logits)`, if already computed
 )->Tensor: # Joint loss per item, shape (N,), float32 or wider
-    "Weigh how badly k peers fit the given labels against how far they are apart (JoCoR, equation 4)"
+    "The losses of k peers, and the contrast between them, as one loss (JoCoR, equations 1 to 3)"
     check_co_lambda(co_lambda)
     lp = peer_log_probs(logits) if log_probs is None else log_probs
     k,terms = len(lp),n_terms(len(lp), contrast)
@@ -176,28 +176,28 @@ def joint_loss(
 
 # %% ../nbs/00_losses.ipynb #44e24a3d
 def plain_lambda(
-    co_lambda:float, # Weight λ' that multiplies the plain sum of the contrast's terms, in [0, 1]
+    co_lambda:float, # Weight λ' of the plain sum of the contrast's terms, in [0, 1]
     k:int, # Number of peers
     contrast:Contrast='kl' # `kl`, `kl_circular`, `ce` or `ce_circular`
 )->float: # The `co_lambda` for which `joint_loss` has the same balance
-    "Translate the weight of a plain sum of terms into `co_lambda`"
+    "Convert the weight of a plain sum of terms to `co_lambda`"
     r = n_terms(k, contrast)/k * check_co_lambda(co_lambda)
     return r/(r + 1-co_lambda) if r else co_lambda
 
 # %% ../nbs/00_losses.ipynb #eb0864fd
 def joint_loss_multi(
     logits:Tensor, # Logits of the peers, shape (k, N, C), any floating dtype
-    targ:Tensor, # Whether each label holds, shape (N, C), in [0, 1]
+    targ:Tensor, # Given labels, shape (N, C), 1 where the item has the label, else 0
     co_lambda:float, # Weight λ of the contrast, in [0, 1]; no effect for one peer
     contrast:Contrast='kl', # `kl`, `kl_circular`, `ce` or `ce_circular`, between Bernoulli distributions
     loss_func:Callable|None=None # `f(logits (N, C), targ) -> (N, C)`; `None` for binary cross-entropy
 )->Tensor: # Joint loss per item, shape (N,), float32 or wider: the mean over its labels
-    "Weigh fit against distance as `joint_loss` does, for items with several labels"
+    "The joint loss for items with several labels, each of which is a Bernoulli variable"
     check_co_lambda(co_lambda)
     if logits.ndim != 3 or targ.shape != logits.shape[1:]:
         raise ValueError(f"targ of shape {tuple(targ.shape)} does not fit logits of shape "
-                         f"{tuple(logits.shape)}: it must be (items, labels), and logits (peers, "
-                         "items, labels)")
+                         f"{tuple(logits.shape)}: targ must be (items, labels), and logits "
+                         "(peers, items, labels)")
     z = widened(logits)
     f = loss_func or partial(F.binary_cross_entropy_with_logits, reduction='none')
     fit = torch.stack([f(o, targ.to(z.dtype)).reshape(targ.shape) for o in z]).sum(0).mean(-1)

@@ -19,7 +19,7 @@ class CoTeachingCallback(PeersCallback):
     several_labels = False
     def __init__(self,
         k:int=2, # Number of peers, at least 2: a peer is taught by another
-        forget_rate:float|str|None=None, # τ, to drop in the end, in [0, 1); `None`: `dls.noise`'s, or `auto`
+        forget_rate:float|str|None=None, # Final rate τ, in [0, 1); `None`: from `dls.noise`, or `auto`
         num_gradual:int|None=None, # Epochs over which R rises to τ; `None`: see `default_num_gradual`
         exponent:float=1., # Exponent c > 0: the rise ends at τ**c
         **kwargs # `models`, `init`, `seed`, `restart`, `select`: see `PeersCallback`
@@ -48,7 +48,7 @@ class CoTeachingCallback(PeersCallback):
 
 # %% ../nbs/09_methods.ipynb #42fc718c
 class CoTeachingPlusCallback(CoTeachingCallback):
-    "Train each peer on small-loss items of the next on which they disagree (Co-teaching+, Yu et al. 2019)"
+    "Co-teaching on the items on which a peer and the next one disagree (Yu et al. 2019)"
     def candidates(self, logits):
         best = logits.argmax(-1)
         return best != best.roll(-1, 0)
@@ -83,23 +83,23 @@ class _SCE(_ItemLoss):
         return -self.alpha*own + self.beta*self.A*own.expm1()
 
 class ForwardLoss(CrossEntropyLossFlat):
-    "Cross-entropy after noise of a known transition matrix (forward correction, Patrini et al. 2017)"
+    "Forward correction: cross-entropy after a known transition matrix (Patrini et al. 2017)"
     def __init__(self,
-        matrix, # `matrix[i][j]`: probability of label j for class i, such as `dls.noise.matrix`
+        matrix, # `matrix[i][j]` = P(given j | true i), shape (C, C), such as `dls.noise.matrix`
         axis:int=-1, # Axis of the classes
         reduction:Literal['mean','sum','none']='mean' # Over the items
     ): BaseLoss.__init__(self, _Forward, matrix, axis=axis, reduction=reduction)
 
 class SCELoss(CrossEntropyLossFlat):
-    "Cross-entropy, and the same with prediction and label exchanged (SCE, Wang et al. 2019)"
+    "Symmetric cross-entropy: cross-entropy plus reverse cross-entropy (Wang et al. 2019)"
     def __init__(self,
         alpha:float=0.1, # Weight of the cross-entropy, at least 0; the paper: 6 for CIFAR-100
         beta:float=1., # Weight of the reverse cross-entropy, at least 0; the paper: 0.1 for CIFAR-100
-        A:float=-4., # What log 0 is taken for, below 0; the paper's
+        A:float=-4., # Value of log 0 in the reverse cross-entropy, below 0; -4 as in the paper
         axis:int=-1, # Axis of the classes
         reduction:Literal['mean','sum','none']='mean' # Over the items
     ):
         for name,v in dict(alpha=alpha, beta=beta).items():
             check_number(name, v, lambda v: 0 <= v < float('inf'), 'be at least 0 and finite')
-        check_number('A', A, lambda v: -float('inf') < v < 0, 'be below 0 and finite: what log 0 is taken for')
+        check_number('A', A, lambda v: -float('inf') < v < 0, 'be below 0 and finite: the value of log 0')
         BaseLoss.__init__(self, _SCE, alpha, beta, A, axis=axis, reduction=reduction)

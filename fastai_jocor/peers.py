@@ -19,34 +19,34 @@ from .losses import check_number, widened
 
 # %% ../nbs/03_peers.ipynb #870ee635
 def log_of_mean(
-    log_probs:Tensor # Logarithms of the peers' probabilities, shape (k, ...)
+    log_probs:Tensor # Log-probabilities of the peers, shape (k, ...)
 )->Tensor: # Shape (...)
-    "The logarithm of the mean of probabilities"
+    "The log of the peers' mean probability, from the logs of their probabilities"
     total = torch.logaddexp(*log_probs) if len(log_probs) == 2 else log_probs.logsumexp(0)
     return total - math.log(len(log_probs))
 
 def mean_log_prob(
     logits:Tensor # Logits of the peers, shape (k, N, C)
 )->Tensor: # Log of the peers' mean probability, shape (N, C), float32 or wider
-    "Average the peers' probabilities, as logarithms"
+    "Average the peers' class probabilities, in log space"
     return log_of_mean(F.log_softmax(widened(logits), -1))
 
 def mean_logit(
-    logits:Tensor # Logits of the peers, shape (k, N, C), of C labels that may hold together
+    logits:Tensor # Logits of the peers, shape (k, N, C), for C labels of which an item may have several
 )->Tensor: # Logit of the peers' mean probability of each label, shape (N, C), float32 or wider
-    "Average the peers' probabilities of each label, as logits"
+    "Average the peers' sigmoid probabilities of each label, and return the logit of the mean"
     wide = widened(logits)
     return F.logsigmoid(wide).logsumexp(0) - F.logsigmoid(-wide).logsumexp(0)
 
 def _merge(outs):
-    "Join what the peers give besides logits: tensors along the batch, lists entry by entry"
+    "Join what the peers return besides logits: tensors along the batch, lists entry by entry"
     if isinstance(outs[0], Tensor): return torch.cat(outs)
     if isinstance(outs[0], (list,tuple)): return type(outs[0])([_merge(o) for o in zip(*outs)])
     return outs[0]
 
 # %% ../nbs/03_peers.ipynb #06355feb
 class Peers(nn.Module):
-    "k networks as one: stacked logits (k, N, C) in training, mean log-probability (N, C) otherwise"
+    "k networks as one: logits (k, N, C) in training, log of the mean probability (N, C) otherwise"
     def __init__(self,
         models:list # Networks with the same inputs and number of outputs; no shared parameters
     ):
@@ -58,8 +58,8 @@ class Peers(nn.Module):
             raise ValueError("models share parameters: each peer needs its own (pass copies, or a "
                              "factory that makes a new network at each call)")
 
-    multi_label = False # Whether an item may have several labels, so that the mean is one of sigmoids
-    guarded = False # Whether training is refused, because no callback makes a loss of the logits
+    multi_label = False # Whether an item may have several labels; sigmoids are averaged then
+    guarded = False # Whether training is refused, because no callback takes stacked logits
 
     def forward(self, *x, **kwargs):
         if self.training and self.guarded: raise RuntimeError(_guard_msg(self.k))
@@ -72,7 +72,7 @@ class Peers(nn.Module):
     def mean(self,
         logits:Tensor # Logits of the peers, shape (k, N, C)
     )->Tensor: # Shape (N, C)
-        "The peers' mean probability, as a valid input for their loss"
+        "The log of the peers' mean probability (its logit if `multi_label`), an input for their loss"
         return (mean_logit if self.multi_label else mean_log_prob)(logits)
 
     def reset(self):
@@ -87,7 +87,7 @@ class Peers(nn.Module):
     def __getitem__(self, i): raise TypeError(_layer_msg(self.k, i))
 
     def load_state_dict(self, state_dict, *args, **kwargs):
-        "As torch's, with an error of its own for weights of a single model and of another number of peers"
+        "As in torch; a `RuntimeError` says what to do with weights of a single model or another k"
         found = {key.split('.')[1] for key in state_dict if key.startswith('peers.')}
         if state_dict and len(found) != self.k: raise RuntimeError(_weights_msg(self.k, len(found)))
         return super().load_state_dict(state_dict, *args, **kwargs)
@@ -100,13 +100,13 @@ def _guard_msg(k):
             f"train it with cbs=JoCorCallback(k={k}), or take out one network with learn.to_single(i)")
 
 def _layer_msg(k, i):
-    return (f"this model holds k={k} peers, each with layers of its own: learn.model.peer(0)[{i!r}] is that of the "
-            "first, to hook or to look at; learn.to_single(0) makes the first peer the learner's model, which is what "
+    return (f"this model holds k={k} peers, each with layers of its own: learn.model.peer(0)[{i!r}] is the "
+            "first peer's, to hook or to look at; learn.to_single(0) makes the first peer the learner's model, which "
             "save_encoder and load_encoder need")
 
 def _weights_msg(k, n):
-    if n: return (f"these are weights of k={n} peers, and this model holds k={k}: load them into a learner of as many, "
-                  f"which learn.to_peers({n}) makes from one that was not trained yet")
+    if n: return (f"these are weights of k={n} peers, and this model holds k={k}: load them into a learner with "
+                  f"k={n} peers: learn.to_peers({n}) makes one from a learner that has not been trained with peers")
     return (f"these are weights of a single model, and this model holds k={k} peers: load them into the learner before "
             "its first fit with the callback, which makes the peers; into one of the peers with "
             "learn.model.peer(0).load_state_dict; or after learn.to_single(0)")
@@ -114,7 +114,7 @@ def _weights_msg(k, n):
 # %% ../nbs/03_peers.ipynb #c3d214e8
 @patch
 def peer(self:Peers,
-    i:int # Which one, in [0, k)
+    i:int # Which peer, in [0, k); else a `ValueError`
 )->nn.Module: # The network itself, not a copy
     "Take out a single peer as a plain model, for deployment"
     if not 0 <= i < self.k: raise ValueError(f"i={i!r} must lie in [0, {self.k}): there are "
@@ -125,9 +125,9 @@ def peer(self:Peers,
 @torch.no_grad()
 def best_peer(self:Peers,
     batches, # Iterable of `(*inputs, targ)` batches, such as `dls.valid`; use clean data where you can
-    score:Callable|None=None # `f(logits (N, C), targ (N,))`: one per item; `None`: accuracy
+    score:Callable|None=None # `f(logits (N, C), targ (N,)) -> (N,)`, higher is better; `None`: accuracy
 )->nn.Module: # The network itself, not a copy, in evaluation mode
-    "Take out the peer with the best mean score on `batches` (accuracy by default)"
+    "Take out the peer with the best mean score on `batches`, by default the most accurate one"
     if score is None: score = _is_right
     was = self.training
     self.eval()
@@ -158,9 +158,9 @@ def _reset_func(m): return getattr(m, 'reset_parameters', None) or getattr(m, '_
 def reset_weights(
     model:nn.Module, # Changed in place
     seed:int, # Seed of the new weights; the global random state stays as it was
-    only:Sequence|None=None # Parameters that may change; `None` for all
+    only:Sequence|None=None # Parameters that may change; `None`: all
 )->nn.Module: # `model`
-    "Let each layer draw new parameters by its `reset_parameters`, at the scale of the old ones"
+    "Re-initialise each layer by its `reset_parameters`, at the scale of the old weights"
     ids = None if only is None else {id(p) for p in only}
     drawn,left = False,[]
     with torch.random.fork_rng(), torch.no_grad():
@@ -179,7 +179,7 @@ def reset_weights(
     return model
 
 def _at_scale(new, old):
-    "Bring a draw to the scale of the old one, where a model was not initialised by default"
+    "Rescale new weights to the old standard deviation, if this is not that of the default"
     if old.numel() < 16: return
     a,b = float(old.float().std()),float(new.float().std())
     if a == 0: new.copy_(old)
@@ -198,21 +198,21 @@ def _same_weights(a, b):
 
 # %% ../nbs/03_peers.ipynb #55feefa1
 def make_peers(
-    model, # A model; a list of k models; or a factory, called without arguments once a peer
+    model, # A model; a list of k models; or a factory, called without arguments once per peer
     k:int|None=None, # Number of peers, at least 1; may be left out for a list
-    init:str='all', # For one model: `all` layers draw new weights, or the `head`, the last group of `splitter`
-    splitter=trainable_params, # Function of a model that gives its parameter groups, head last
+    init:str='all', # Of one model, re-initialise `all` layers or the `head` (last group of `splitter`)
+    splitter=trainable_params, # Function from a model to its parameter groups, head last
     seed:int|None=None # Seed of the new weights; `None` draws one from torch's global random state
 )->Peers: # In the mode (train or eval) and on the device of `model`
-    "Make k peers that differ, from one model, a list of models or a factory"
+    "Make k peers with different weights, from one model, a list of models or a factory"
     models = list(model) if isinstance(model, (list,tuple,nn.ModuleList)) else None
     k = check_k(len(models) if k is None and models is not None else k)
     check_seed(seed)
     if init not in ('all','head'):
-        raise ValueError(f"init={init!r} must be 'all' (every layer draws new weights) or 'head' "
+        raise ValueError(f"init={init!r} must be 'all' (every layer is re-initialised) or 'head' "
                          "(only the last parameter group)")
     if models is not None and len(models) != k:
-        raise ValueError(f"k={k} does not fit the list of {len(models)} models: pass one model a peer")
+        raise ValueError(f"k={k} does not fit the list of {len(models)} models: pass one model per peer")
     if models is not None: pass
     elif isinstance(model, nn.Module): models = _copies(model, k, init, splitter, seed)
     elif callable(model): models = [model() for _ in range(k)]
@@ -232,20 +232,20 @@ def _copies(model, k, init, splitter, seed):
     return [model] + copies
 
 def copied(
-    model:nn.Module # It is not changed
+    model:nn.Module # Left unchanged
 )->nn.Module: # With weights of its own
-    "A deep copy, also of a model that keeps tensors it has computed, as fastai's `WeightDropout` does"
+    "A deep copy, also of a model that stores tensors it has computed, as fastai's `WeightDropout` does"
     kept = [o for m in model.modules() for o in vars(m).values() if isinstance(o, Tensor) and not o.is_leaf]
     return copy.deepcopy(model, {id(o): o.detach().clone() for o in kept})
 
 def _peer_seed(seed, i):
-    "A seed far from `seed` itself, which may have made the model that is copied"
+    "A seed unrelated to `seed` itself, which may have initialised the model that is copied"
     return int(np.random.SeedSequence([seed, i+1]).generate_state(1)[0])
 
 def _same_msg(model, init):
     own = [m for m in model.modules() if list(m.parameters(recurse=False))]
     names = sorted({type(m).__name__ for m in own if not _reset_func(m)})
     why = f"init={init!r} changed nothing"
-    if names: why = f"{', '.join(names)} cannot draw new ones (no `reset_parameters`)"
-    return (f"the peers have the same weights and would stay the same for ever: {why}"
+    if names: why = f"{', '.join(names)} cannot be re-initialised (no `reset_parameters`)"
+    return (f"the peers have the same weights and would stay the same forever: {why}"
             ". Pass a factory, a function that makes a new network at each call, or a list of k networks")

@@ -26,19 +26,19 @@ from .per_sample import cross_entropy_of, ignored_label
 def refuse_others(
     owner:Callback # A `PeersCallback`
 ):
-    "A `ValueError` if the learner has another callback that this one cannot train beside"
+    "Raise a `ValueError` if the learner has a callback that this one cannot train with"
     for cb in owner.learn.cbs:
         name = type(cb).__name__
         if isinstance(cb, MixHandler):
             raise ValueError(f"{name} mixes the labels of two items, and small-loss selection "
                              f"needs one label per item: train without {name}")
         if isinstance(cb, FitState) and cb is not owner:
-            raise ValueError(f"the learner has a {name} beside this {type(owner).__name__}: one of "
-                             "them trains all peers, so take the other off with learn.remove_cb")
+            raise ValueError(f"the learner has a {name} beside this {type(owner).__name__}: only "
+                             "one can train the peers, so remove the other with learn.remove_cb")
 
 def look_at_data(
-    owner:Callback # A `PeersCallback`; learns what names its items
-)->Selection: # The state of the fit that begins
+    owner:Callback # A `PeersCallback`, whose `source` is set
+)->Selection: # State of the new fit
     "Check the data and the loss on one batch, before anything is changed"
     learn = owner.learn
     s = Selection(world=distributed_world(learn))
@@ -54,19 +54,19 @@ def look_at_data(
 
 # %% ../nbs/07b_start.ipynb #46bf73fe
 def refuse_missing_labels(
-    learn:Learner # On a table, or not
+    learn:Learner # On any data
 ):
-    "A `ValueError` for a table in which labels are missing"
+    "Raise a `ValueError` if labels of a table are missing"
     ds = learn.dls.train.dataset
     if not isinstance(ds, Tabular) or len(ds.y_names) != 1 or ignored_label(learn.loss_func) == -1: return
     name = ds.y_names[0]
     labels = ds.items[name]
     n = int((labels == -1).sum()) if labels.dtype.kind in 'iu' else 0
-    if n: raise ValueError(f"{n} of the {len(ds)} training labels in column {name!r} are missing, which the code -1 "
-                           f"stands for: leave these rows out, as by df.dropna(subset=[{name!r}])")
+    if n: raise ValueError(f"{n} of the {len(ds)} training labels in column {name!r} are missing (code -1): "
+                           f"leave these rows out, for example by df.dropna(subset=[{name!r}])")
 
 def _left_out(dl):
-    "What a loader says that leaves items out of an epoch because they do not fill a batch"
+    "Warnings about a loader that leaves out items because they do not fill a batch"
     plain = isinstance(dl, FastaiLoader) and (type(dl).get_idxs is FastaiLoader.get_idxs or hasattr(dl, 'sort_func'))
     if not plain or not dl.drop_last or not dl.n: return
     left,why = dl.n % dl.bs,f'drops an incomplete last batch (bs={dl.bs})'
@@ -87,13 +87,13 @@ def _tells_logits(s, like):
 
 def what_is_lost(
     owner:Callback, # A `PeersCallback`
-    s:Selection # With what was found of the data
+    s:Selection # From `look_at_data`
 )->object: # Yields texts
-    "Yield what the user should know before training: items that are not seen, settings without effect"
+    "Warnings before training: items that are not seen, settings without effect"
     learn,dl = owner.learn,owner.learn.dls.train
     bs = ifnone(getattr(dl, 'bs', None), getattr(dl, 'batch_size', None))
     if bs == 1 and not s.across and owner.tau != 0:
-        yield ("the training loader has bs=1, and one item of each batch is always kept, so that nothing is dropped: "
+        yield ("the training loader has bs=1, and one item of each batch is always kept, so nothing is dropped: "
                "take a larger bs")
     if s.world == 1: yield from _left_out(dl)
     labels = getattr(dl.dataset, 'tls', None)
@@ -105,8 +105,8 @@ def what_is_lost(
     own = s.per_sample is not None and not s.multi_label and cross_entropy_of(learn.loss_func) is None
     if own and _tells_logits(s, next(learn.model.parameters())):
         yield (f"loss_func={learn.loss_func!r} gives other values for the log-softmax of logits than for the logits, "
-               "and peers answer with the logarithm of their mean probability: valid_loss is not that of a single "
-               "model; compare by a metric")
+               "and peers return the log of their mean probability: valid_loss cannot be compared with that of a "
+               "single model; compare by a metric")
 
 # %% ../nbs/07b_start.ipynb #83b1c093
 class MakePeers(Part):
@@ -144,7 +144,7 @@ class MakePeers(Part):
         if isinstance(model, Peers): model.guarded = True
 
 class UndoPeers(Part):
-    "After `lr_find` has put back the weights, put back the single model that was made into peers for it"
+    "After `lr_find` has restored the weights, restore the single model"
     order = 65
     def after_fit(self):
         if self.owner.single is None: return

@@ -418,7 +418,7 @@ def test_a_loader_without_a_batch():
     dls = digits_dls(bs=5000)
     assert len(dls.train) == 1
     dls.train.drop_last = True
-    with pytest.raises(ValueError, match='gives no batch'):
+    with pytest.raises(ValueError, match='yields no batch'):
         quiet(Learner(dls, jocor_mlp(10,64))).fit(1, cbs=JoCorCallback(forget_rate=.1))
 
 def test_torch_loaders():
@@ -528,7 +528,7 @@ def skipping(bad, n=96, **kwargs):
 @pytest.mark.parametrize('bad', ((5,),(0,50,89)))
 def test_items_that_a_loader_leaves_out(bad, kw):
     learn,any_of = skipping(bad, 90, **kw),'|'.join(map(str, bad))
-    with pytest.raises(ValueError, match=f'leaves out item ({any_of}),'):
+    with pytest.raises(ValueError, match=f'skips item ({any_of}),'):
         learn.fit(2, cbs=JoCorCallback(k=2, forget_rate=.1))
     assert not {'do_item','get_idxs'} & set(vars(learn.dls.train))
 

@@ -81,7 +81,7 @@ def check_record(new, dls, left, want):
 
 @pytest.mark.parametrize('index,label,how,message', [
     ([0, 0], '1', 'drop', 'each once'), ([5000], '1', 'drop', 'position'), ([-1], '1', 'drop', 'position'),
-    ([.5], '1', 'drop', 'position'), ([0], 'x', 'relabel', 'not among the classes'), ([0], '1', 'hide', "how='hide'"),
+    ([.5], '1', 'drop', 'position'), ([0], 'x', 'relabel', 'that are no classes'), ([0], '1', 'hide', "how='hide'"),
     (range(1257), '1', 'drop', 'nothing is left')])
 def test_cleaned_refuses(index, label, how, message):
     s = pd.DataFrame(dict(predicted_label=label), index=list(index))
@@ -98,7 +98,7 @@ def test_cleaned_takes_no_table_of_other_items(pictures, tmp_path):
     flipped = np.flatnonzero(dls.noise.flipped)[10:]
     s = pd.DataFrame(dict(item=dls.train_ds.items.to_numpy(), predicted_label=dls.noise.true.astype(str)))
     s = s.rename_axis('position').loc[flipped]
-    with pytest.raises(ValueError, match='at position 0 of the training set'):
+    with pytest.raises(ValueError, match='at position 0, where the training set has'):
         cleaned(dls, s.reset_index(drop=True), 'relabel')
     s.to_csv(tmp_path/'s.csv')
     again = cleaned(dls, pd.read_csv(tmp_path/'s.csv', dtype=dict(predicted_label=str)), 'relabel')

@@ -95,7 +95,7 @@ def test_spoilt_files_are_noticed(few, cache, spoil):
     body = body_of(learn.model)
     want = kept_features(body, learn.dls.train, cache).copy()
     spoil(files_in(cache)[0])
-    with pytest.warns(UserWarning, match='made again'): again = kept_features(body, learn.dls.train, cache)
+    with pytest.warns(UserWarning, match='computed again'): again = kept_features(body, learn.dls.train, cache)
     np.testing.assert_array_equal(again, want)
 
 # --- probabilities

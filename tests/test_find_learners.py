@@ -54,7 +54,7 @@ def test_bad_arguments_are_refused_before_training(digits, monkeypatch, bad, mes
 
 def test_several_labels_an_item_are_refused(digits):
     learn = Learner(digits.dls, digits.model, loss_func=BCEWithLogitsLossFlat())
-    with pytest.raises(ValueError, match='several labels an item'): audit_labels(learn, progress=False)
+    with pytest.raises(ValueError, match='several labels per item'): audit_labels(learn, progress=False)
 
 def test_bad_questions(digits):
     audit = audit_labels(digits, epochs=1, progress=False)

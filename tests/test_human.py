@@ -43,7 +43,7 @@ def test_the_matrix_in_the_order_of_the_classes(human):
 def test_names_without_a_number(tmp_path, human):
     root,worse = make_cifar(tmp_path/'cifar10'),HumanLabels(human[0], 'worse')
     for f in (root/'train').rglob('*.png'): f.rename(f.parent/f'a_7_{f.name}')
-    with pytest.raises(ValueError, match='no number in its name, or several'):
+    with pytest.raises(ValueError, match='no number, or several'):
         cifar10_dls(root, noise=worse, progress=False)
     dls = cifar10_dls(root, noise='symmetric:0.5', progress=False)
     assert dls.noise.table.item[0] == 'airplane/a_7_0000.png'
@@ -67,11 +67,11 @@ def test_how_files_are_numbered(human):
     few = [f'{c}/{i}_{c}.png' for c,i,_ in items[:20]]
     assert (h.corrupt(clean[:20], cifar10_classes, keys=few) == worse[:20]).all()
     with pytest.raises(ValueError, match='take more items'): h.corrupt(clean[:2], cifar10_classes, keys=few[:2])
-    with pytest.raises(ValueError, match='no number in its name, or several'):
+    with pytest.raises(ValueError, match='no number, or several'):
         h.corrupt(clean[:1], cifar10_classes, keys=['cat/1_2.png'])
     one,ranks = HumanLabels(file, 'worse', start=1),[f'{c}/{n}' for c,_,n in items]
     assert (one.corrupt(clean, cifar10_classes, keys=ranks) == worse).all()
-    with pytest.raises(ValueError, match='lies outside'):
+    with pytest.raises(ValueError, match='out of range'):
         one.corrupt(clean, cifar10_classes, keys=[r+'.png' for r in ranks])
 
 def test_a_label_file_that_does_not_fit(c10, human, tmp_path):
@@ -83,7 +83,7 @@ def test_a_label_file_that_does_not_fit(c10, human, tmp_path):
     with pytest.raises(ValueError, match='have another class in the file'): order.corrupt(d['clean_label'], 10)
     short = labels(**{k: v[:50] for k,v in d.items()})
     with pytest.raises(ValueError, match='does not fit'): cifar10_dls(c10, noise=short, progress=False)
-    with pytest.raises(ValueError, match='another class|lies outside|the same number'):
+    with pytest.raises(ValueError, match='another class|out of range|the same number'):
         folder_block(short).datasets(c10)
     c100 = labels('noisy', **{k: np.arange(300)%100 for k in ('clean_label','noisy_label')})
     with pytest.raises(ValueError, match='labels of 100 classes, but the data have 10'):

@@ -231,7 +231,7 @@ def test_the_cleaner_refuses_as_many_other_items():
     learn,cb = learner(dls),JoCorCallback(k=2)
     cb.source,cb.items = source(dls),Ledger(180)
     learn.dls = block(B)
-    with pytest.raises(ValueError, match='180 items, but the ledger is of 180 others'):
+    with pytest.raises(ValueError, match='180 training items, but the ledger is of 180 others'):
         SuspectsLearner(learn, cb).get_preds(dl=learn.dls.train)
 
 class Interrupt(Callback):

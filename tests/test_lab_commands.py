@@ -75,8 +75,8 @@ def test_cifar_by_name(tmp_path):
 TOUCH = 'k: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{tmp}/touched]]'
 
 @pytest.mark.parametrize('text,msg', [
-    (TOUCH,'tag'), ('k: !!int 2','tag'), ('k: [2, 3','is no YAML'), ('- k: 2','must map names'),
-    ('k: 2\nk: 3',"'k' stands there twice"), ('options: {a: 1, a: 2}',"'a' stands there twice"),
+    (TOUCH,'tag'), ('k: !!int 2','tag'), ('k: [2, 3','is not valid YAML'), ('- k: 2','must map names'),
+    ('k: 2\nk: 3',"'k' occurs twice"), ('options: {a: 1, a: 2}',"'a' occurs twice"),
     ('methd: jocor',"did you mean 'method'"), ('method: jocr',"did you mean 'jocor'"),
     ('runs: [{contrst: kl}]',"did you mean 'contrast'"), ('runs: {k: 2}','runs='), ('runs: []','runs=[]'),
     ('k: []','k=[]'), ('k: [2, two]',"k='two'"), ('k: yes','k=True'), ('k: 2.0','k=2.0'), ('k: 0','k=0'),

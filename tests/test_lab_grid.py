@@ -108,7 +108,7 @@ def test_workers_use_the_method_as_it_is_now(tmp_path, monkeypatch):
     monkeypatch.setitem(methods, 'mine', old)
     cfg,seen = RunConfig(method='mine', epochs=1),[]
     monkeypatch.setattr(grid_room, 'run', lambda cfg, *a, **k: seen.append(methods['mine']))
-    for i,m in enumerate((old,new)): assert 'does not come back' in grid_room._run_cell(cfg, m, tmp_path/str(i), None)
+    for i,m in enumerate((old,new)): assert 'is read back' in grid_room._run_cell(cfg, m, tmp_path/str(i), None)
     assert seen[0] is old and seen[1] is new
 
 class Timid(JoCorCallback):

@@ -219,7 +219,7 @@ def test_an_estimate_that_is_not_to_be_trusted(recwarn):
     cb = JoCorCallback(k=3, rule='schedule')
     learn = quiet(Learner(dls, jocor_mlp(10, 64), opt_func=fast_adam))
     learn.fit(8, 1e-3, cbs=cb)
-    told = [str(w.message) for w in recwarn if 'cannot be told' in str(w.message)]
+    told = [str(w.message) for w in recwarn if 'cannot be estimated' in str(w.message)]
     assert len(told) == 1 and not cb.estimate.trusted and 'forget_rate' in told[0]
     assert cb.estimate.rate < cb.estimate.joint
     assert (cb.warm_up,cb.gradual) == (2,4) and cb.history.noise_rate.isna().tolist() == [True]*3+[False]*5
@@ -239,7 +239,7 @@ def test_an_estimate_waits_as_long_as_the_rate_would_rise(monkeypatch, told_at, 
         warnings.simplefilter('always')
         learn.fit(4, 1e-3, cbs=cb)
         learn.fit(4, 1e-3, cbs=cb)
-    told = [w for w in told if 'cannot be told' in str(w.message)]
+    told = [w for w in told if 'cannot be estimated' in str(w.message)]
     at,rate = told_at or 3,.1*(told_at or 0)
     assert calls == list(range(3, 3+at)) and cb.estimate.rate == pytest.approx(rate) and len(told) == (not trusted)
     h = cb.history

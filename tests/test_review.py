@@ -212,7 +212,7 @@ def test_apply_keeps_the_columns_of_the_list(tmp_path):
     args = dict(file_col='name', label_col='cls', apply=str(tmp_path/'r.csv'))
     run_audit(source, out=str(tmp_path/'new'), **args)
     assert (tmp_path/'new'/'cleaned.csv').read_text() == 'name,fold,cls\na,0,y\nc,0,x\n'
-    with pytest.raises(SystemExit, match='would write over'):
+    with pytest.raises(SystemExit, match='would overwrite'):
         run_audit(tmp_path/'new'/'cleaned.csv', out=str(tmp_path/'new'), **args)
     with pytest.raises(SystemExit, match='does not exist: export'):
         run_audit(source, **args | dict(apply=str(tmp_path/'no.csv')))

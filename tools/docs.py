@@ -140,6 +140,8 @@ def problems():
             for link in re.findall(r'\]\(([^)#\s]+)[^)]*\)', source(c)):
                 outside = re.match(r'https?:|mailto:', link)
                 if not outside and not (p.parent/link).exists(): yield f'{name}: link to {link} leads nowhere'
+            for rest in re.findall(r'\]\([^)]*\)(\.ipynb\S*)', source(c)):
+                yield f'{name}: {rest!r} is left over after a link'
             for alt in re.findall(r'!\[([^\]]*)\]', source(c)):
                 if not alt: yield f'{name}: a picture without alternative text'
     listed = set(re.findall(r'- (\S+\.ipynb)', (NBS/'sidebar.yml').read_text(encoding='utf-8')))

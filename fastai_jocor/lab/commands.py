@@ -25,18 +25,18 @@ def _run_fields(
     contrast:str=None, # kl (the default), kl_circular, ce or ce_circular
     co_lambda:str=None, # Weight of the contrast, in [0, 1]; default: found in training, 0.8 by schedule (papers: 0.95)
     forget_rate:str=None, # Share of wrong labels, in [0, 1); default: found in training, the known rate by schedule
-    rule:str=None, # evidence, or schedule: the published one, which is the default as in the papers or with num_gradual
+    rule:str=None, # evidence, or schedule (the published rule); default: schedule if paper or num_gradual is chosen
     num_gradual:str=None, # Epochs over which the forget rate rises; default: 10, or more on small data, at most half
     epochs:str=None, # Number of epochs; default: 30
     bs:str=None, # Items per batch; default: 128
-    lr:str=None, # Learning rate; the highest of one-cycle; default: 0.001
-    seed:str=None, # Seed of corruption, weights and batches; default: 0
+    lr:str=None, # Learning rate, the maximum for one_cycle; default: 0.001
+    seed:str=None, # Seed of label noise, weights and batches; default: 0
     subset:str=None, # Share in (0, 1), or number, of training items to take, stratified
     augment:str=None, # none (the default) or crop_flip
     precision:str=None, # float32 (the default), or bfloat16 by autocast
     options:str=None, # Further arguments of the method, such as '{init: head}'
     plugins:str=None, # Modules that add methods and contrasts, such as my_methods for my_methods.py
-    version:_Version=False # Say which version this is, and exit
+    version:_Version=False # Print the version and exit
 ): "Fields of a run as text"
 
 def _list_grids():
@@ -51,7 +51,7 @@ def _configs(grid, fields):
 @delegates(_run_fields)
 def jocor_train(
     path:str=None, # Folder of the data set (mnist: it holds MNIST/raw; cifar: train and test, or torchvision's batches)
-    schedule:str='one_cycle', # one_cycle, or paper: Adam constant, from 40% of the epochs linear to 0 with β1 at 0.1
+    schedule:str='one_cycle', # one_cycle, or paper: constant, then from 40% of the epochs linear to 0 with β1 at 0.1
     out:str='runs/last', # Output folder
     threads:int=0, # Processor threads; 0 for torch's default
     **fields
@@ -76,19 +76,19 @@ def jocor_train(
 @call_parse(pos=['grid'])
 @delegates(_run_fields)
 def jocor_bench(
-    grid:str=None, # YAML file, or one of --list; the fields replace its own, each one value or several with commas
-    out:str=None, # Output folder; default: runs/NAME of the file
+    grid:str=None, # YAML file, or a name of --list; options below replace its fields: one value, or several with commas
+    out:str=None, # Output folder; default: runs/ and the name of the grid
     path:str=None, # Folder of the data sets
     schedule:str=None, # paper (the default) or one_cycle
-    n_jobs:int=-1, # Runs side by side, each on one thread; -1 for one a core
+    n_jobs:int=-1, # Parallel runs, each on one thread; -1: one per core
     backend:str='loky', # loky for processes on this machine; ray or dask for a cluster whose machines share the folders
-    address:str=None, # Of the cluster
-    dry_run:bool=False, # Only list the runs and say which are done
+    address:str=None, # Address of the cluster
+    dry_run:bool=False, # Only list the runs, and which are done
     pack:bool=False, # At the end, put the results of all runs into two files
     list:bool=False, # List the grids that come with the package
     **fields
 ):
-    "Do the runs of a grid that are not done yet, and go on with those that were killed"
+    "Do the unfinished runs of a grid, and resume those that were killed"
     from fastai_jocor.lab.results import finished, pack as pack_runs
     from fastai_jocor.lab.grid import check_grid, run_grid
     if list: return _list_grids()
@@ -119,11 +119,11 @@ def _report_facts(folder, **options):
 
 @call_parse
 def jocor_report(
-    folder:str, # Folder of results, of jocor_bench
+    folder:str, # Folder of results, written by jocor_bench
     out:str=None, # Output folder; default: report in the folder of results
     reference:str=None, # Method to compare with, by its name in the tables; default: jocor k=2 and jocor k=3
-    last:int=10, # Epochs to average over
-    version:_Version=False # Say which version this is, and exit
+    last:int=10, # Last epochs to average over
+    version:_Version=False # Print the version and exit
 ):
     "Report the results of a grid: report.md, report.html, runs.csv, scores.csv, differences.csv and pictures"
     from fastai_jocor.files import write_text
@@ -132,7 +132,7 @@ def jocor_report(
     try:
         df = read_results(folder, last)
         if reference is not None and reference not in set(df.label):
-            raise ValueError(f"reference={reference!r} is none of the methods: {', '.join(df.label.unique())}")
+            raise ValueError(f"reference={reference!r} is not among the methods: {', '.join(df.label.unique())}")
         facts = _report_facts(folder, out=out, reference=reference, last=None if last == 10 else last)
         out = Path(out or Path(folder)/'report')
         write_report(report_blocks(df, reference, last, unfinished(folder), facts), out)
@@ -157,10 +157,10 @@ def jocor_demo(
     out:str='runs/demo', # Output folder
     epochs:int=60, # Number of epochs
     seeds:int=3, # Runs per method, at least 1
-    n_jobs:int=-1, # Runs side by side; -1 for one a core
-    version:_Version=False # Say which version this is, and exit
+    n_jobs:int=-1, # Parallel runs; -1: one per core
+    version:_Version=False # Print the version and exit
 ):
-    "Train on digits with half of the labels wrong: one network plainly, two peers and three peers, and compare"
+    "Train one network, two peers and three peers on digits with half of the labels wrong, and compare"
     import matplotlib.pyplot as plt
     from fastai_jocor.lab.grid import run_grid
     from fastai_jocor.lab.tables import compare, read_results
@@ -182,14 +182,14 @@ def jocor_demo(
 # %% ../../nbs/lab/06_commands.ipynb #71b63811
 @call_parse
 def jocor_audit(
-    source:str, # Folder with a folder of images for each class, or a CSV with columns for file and label
+    source:str, # Folder with a subfolder of images for each class, or a CSV with columns for file and label
     apply:str=None, # reviewed.csv, exported from the page: write cleaned.csv instead of an audit
     copy_to:str=None, # With --apply: a new folder to copy the cleaned images into
     path:str=None, # Folder that the CSV's files are relative to; default: the CSV's own
     file_col:str='file', # Column of the CSV with the files
     label_col:str='label', # Column of the CSV with the labels
     valid_col:str=None, # Column of the CSV that marks items for validation; default: all are trained on
-    true_col:str=None, # Column of the CSV with true labels where they are known, to see how good the list is
+    true_col:str=None, # Column of the CSV with true labels, if known, to check the suspects against
     out:str='audit', # Output folder; features are kept there, so that a second audit takes seconds
     arch:str='resnet18', # Network with a pretrained body, of torchvision or timm
     weights:str=None, # File of its weights; default: the published ones, downloaded once
@@ -199,12 +199,12 @@ def jocor_audit(
     co_lambda:float=None, # Weight of the contrast, in [0, 1]; default: found in training
     forget_rate:float=None, # Share of wrong labels, in [0, 1); default: found in training
     epochs:int=None, # Number of epochs; default: 10 to 30
-    size:int=128, # Side to which images are brought, in pixels
+    size:int=128, # Side that images are resized to, in pixels
     bs:int=64, # Images per batch
-    n:int=None, # At most so many suspects; default: all that are probably wrong
-    least:float=.5, # Least probability that the label of a suspect is wrong, in [0, 1]
-    seed:int=0, # Seed of weights and batches
-    version:_Version=False # Say which version this is, and exit
+    n:int=None, # Most suspects to list; default: all
+    least:float=.5, # Smallest probability that the label of a suspect is wrong, in [0, 1]
+    seed:int=0, # Seed of weights, batches and hidden labels
+    version:_Version=False # Print the version and exit
 ):
     "Find wrong labels of images: write suspects.csv, items.csv and suspects.html; with --apply, clean the labels"
     given = dict(locals())
@@ -218,4 +218,4 @@ def jocor_audit(
     except (ValueError, OSError) as e: sys.exit(f'jocor_audit: {e}')
     except KeyboardInterrupt: sys.exit('\njocor_audit: stopped; the same command goes on from here')
     if not apply and (how := how_to_read(Path(out)/'suspects.csv')):
-        print(f'pandas takes some of the names for missing values; read them by {how}')
+        print(f'pandas reads some of the names as missing values; read the file by {how}')

@@ -19,11 +19,11 @@ from ..methods import CoTeachingCallback, CoTeachingPlusCallback, ForwardLoss, S
 
 # %% ../../nbs/lab/02_config.ipynb #5c100003
 def nearest(
-    what:str, # What is wrong, for the message
-    name, # What stands there
-    known # What may stand there
-)->str: # A message that names the nearest of what is known
-    "Say what is unknown, and what might have been meant"
+    what:str, # What is unknown, such as "method='jocr'"
+    name, # The name given
+    known # The names that exist
+)->str: # One line
+    "An error message for an unknown name, which suggests the most similar known one"
     near = closest(name, known)
     hint = f'did you mean {near!r}? Known: ' if near else 'choose one of '
     return f"{what} is unknown: {hint}{', '.join(known)}"
@@ -33,11 +33,11 @@ _peer_fields = ('k','co_lambda','forget_rate','contrast','num_gradual')
 @dataclass
 class Method:
     "How a run is trained"
-    callback:Callable|None = None # Gives the callback from the `fields` of the run and its options
+    callback:Callable|None = None # Makes the callback from the `fields` of the run and its options
     fields:tuple = _peer_fields # Fields of `RunConfig` that the callback takes
-    loss:Callable|None = None # Gives the loss function from the data and the `loss_options`
+    loss:Callable|None = None # Makes the loss function from the data and the `loss_options`
     loss_options:tuple = () # Names of the options that the loss takes
-    paper:dict = field(default_factory=dict) # Arguments of the callback where a run goes by the papers
+    paper:dict = field(default_factory=dict) # Further arguments of the callback with `schedule='paper'`
 
     def __post_init__(self):
         if self.callback is None: self.fields = ()
@@ -61,7 +61,7 @@ class RunConfig:
     "Everything that determines a run"
     dataset:str = 'digits' # `digits`, `mnist`, `cifar10` or `cifar100`
     noise:str = 'symmetric:0.5' # Name of a noise model (`make_noise`), or `none`
-    method:str = 'jocor' # Name in `methods`; one network is trained by `standard` (plain training), `forward` and `sce`
+    method:str = 'jocor' # Name in `methods`; `standard` (plain training), `forward` and `sce` train one network
     k:int = 2 # Number of peers, at least 1
     contrast:str = 'kl' # `kl`, `kl_circular`, `ce` or `ce_circular`
     co_lambda:float|None = None # Weight of the contrast, in [0, 1]; `None`: 0.8 with a schedule, else found in training
@@ -70,9 +70,9 @@ class RunConfig:
     num_gradual:int|None = None # Epochs over which the forget rate rises; `None`: as `JoCorCallback` does
     epochs:int = 30 # Number of epochs, at least 1
     bs:int = 128 # Items per batch
-    lr:float = 1e-3 # Learning rate; the highest of one-cycle
-    schedule:str = 'paper' # `paper`: constant, then linear to 0; or `one_cycle`
-    seed:int = 0 # Seed of corruption, weights and batches
+    lr:float = 1e-3 # Learning rate; the maximum for `one_cycle`
+    schedule:str = 'paper' # Of the learning rate: `paper` (constant, then linear to 0) or `one_cycle`
+    seed:int = 0 # Seed of label noise, weights and batches
     subset:float|None = None # Share in (0, 1), or number, of training items to take, stratified; not for digits
     augment:str = 'none' # `none` or `crop_flip`; not for digits
     precision:str = 'float32' # `float32`; or `bfloat16` by autocast, on any device
@@ -113,16 +113,16 @@ class RunConfig:
 
 # %% ../../nbs/lab/02_config.ipynb #1ab10010
 def _misfit(cfg, given, e):
-    "What to say about arguments that the callback of a method does not take; the run itself gives some"
+    "An error message for arguments that the callback of a method does not take"
     name = re.search(r"argument '(\w+)'", str(e))
     if name is None or name[1] in cfg.options or name[1] not in given:
         return f"options={cfg.options!r} do not fit method={cfg.method!r}: {e}"
     takes = [o for o in methods[cfg.method].fields if o != name[1]]
-    return (f"method={cfg.method!r} is registered as one whose callback takes {name[1]!r}, and it does not: name the "
-            f"fields that it takes, as in Method(callback, fields={tuple(takes)}), and in paper= its other arguments")
+    return (f"method={cfg.method!r} is registered with the field {name[1]!r}, which its callback does not take: name "
+            f"those that it takes, as in Method(callback, fields={tuple(takes)}), and in paper= its other arguments")
 
 def _check(cfg):
-    "Raise a `ValueError` for what cannot be run"
+    "Raise a `ValueError` for a configuration that cannot be run"
     known = dict(dataset=('digits','mnist','cifar10','cifar100'), method=list(methods), schedule=('paper','one_cycle'),
                  precision=('float32','bfloat16'))
     for name,names in known.items():
@@ -137,7 +137,7 @@ def _check(cfg):
     augmentation(cfg.augment)
     cfg.noise_model()
     if cfg.method == 'forward' and cfg.noise == 'none':
-        raise ValueError("method='forward' corrects the loss by the matrix of the noise, and noise='none' has none")
+        raise ValueError("method='forward' needs the transition matrix of the noise, and noise='none' has none")
     m = methods[cfg.method]
     for k in cfg.options if m.callback is None else ():
         if not m.loss_options: raise ValueError(f"options={cfg.options!r}: method={cfg.method!r} takes none")
@@ -146,8 +146,8 @@ def _check(cfg):
 
 # %% ../../nbs/lab/02_config.ipynb #1ab10013
 @patch(as_prop=True)
-def by_schedule(self:RunConfig)->bool: # False where items are dropped for their own evidence
-    "Whether a share of each batch is dropped that rises as a schedule says"
+def by_schedule(self:RunConfig)->bool: # `False` for the rule `evidence`
+    "Whether the run uses the published rule, with a schedule of the forget rate"
     if 'rule' not in methods[self.method].fields: return True
     if self.rule is not None: return self.rule == 'schedule'
     asks = {'exponent','balance','prune'} & set(self.options)
@@ -155,7 +155,7 @@ def by_schedule(self:RunConfig)->bool: # False where items are dropped for their
 
 @patch
 def plain(self:RunConfig)->RunConfig: # Equal to another one if it is the same run
-    "The same run with what is meant by a default, and each field that its method does not take at its own"
+    "The same run in canonical form: defaults resolved, fields that its method does not take reset"
     m = methods[self.method]
     same = {n: getattr(RunConfig, n) for n in (*_peer_fields,'rule') if n not in m.fields}
     if 'rule' in m.fields: same['rule'] = 'schedule' if self.by_schedule else 'evidence'

@@ -17,7 +17,7 @@ from .store import _channels_last, _normalize
 
 # %% ../../nbs/lab/00b_data.ipynb #260a2ba1
 class _ReadDL(TfmdDL):
-    "Reads items in order, each as in validation; gives the error of an item that cannot be read"
+    "Reads items in order, each as in validation; yields the error message of an item that cannot be read"
     def before_iter(self):
         super().before_iter()
         self.after_item.split_idx = 1
@@ -58,7 +58,7 @@ def _read_items(sets, n_workers=None, progress=True):
     if bad: raise ValueError(bad[0] + (f', and {len(bad)-1} others' if len(bad) > 1 else ''))
     if odd := _odd_one(names, shapes):
         raise ValueError(f"images must be of one size: {odd}. "
-                         "Bring them to one size first, such as with item_tfms=Resize(...)")
+                         "Resize them first, for example with item_tfms=Resize(...)")
     if odd := _odd_one(names, [o.shape for o in targets]):
         raise ValueError(f"targets must be of one shape to be held in memory: {odd}")
     return images,np.stack(targets),types
@@ -68,21 +68,21 @@ def _check_loader(dl):
         raise ValueError(f"dls holds a {type(dl).__name__}: only a plain TfmdDL can be turned into a loader in memory")
     rand = [type(t).__name__ for t in dl.after_item.fs if isinstance(t, RandTransform) and not isinstance(t, Resize)]
     if rand:
-        raise ValueError(f"dls draws {', '.join(rand)} for each item, and items are decoded only once: "
-                         "give it as batch_tfms instead")
+        raise ValueError(f"dls has random item transforms ({', '.join(rand)}), but items are decoded only once: "
+                         "use batch_tfms instead")
     if len(L(dl.before_batch.fs)):
         raise ValueError(f"dls changes items before they are collated ({dl.before_batch}), "
                          "which a loader in memory cannot do")
     if len(dl.dataset) and (len(getattr(dl.dataset, 'tls', [])) != 2 or dl.n_inp != 1):
-        raise ValueError("dls must give pairs of one image and one target")
+        raise ValueError("dls must yield pairs of one image and one target")
 
 # %% ../../nbs/lab/00b_data.ipynb #fe31a8eb
 def stratified(
     labels, # Class of each item, shape (n,)
-    n, # Share in (0, 1), or number of items to take
+    n, # Share in (0, 1), or number, of items to take
     name='subset' # Name of the argument, for errors
 )->tuple: # Positions of the items that are taken, and of the others, both ascending
-    "Choose items so that every class keeps its share, always the same ones"
+    "A random choice of items, stratified by class, the same in every call"
     from sklearn.model_selection import train_test_split
     n_items,c,size = len(labels),len(np.unique(labels)),0
     if isinstance(n, (int,np.integer)) and not isinstance(n, bool): size = int(n)
@@ -135,7 +135,7 @@ def _splits(y, train, valid, test):
 
 # %% ../../nbs/lab/00b_data.ipynb #f9c4c864
 class InMemoryDataLoaders(DataLoaders):
-    "`DataLoaders` of images that are held in memory"
+    "`DataLoaders` of images that are held in memory as one tensor"
     @classmethod
     def from_arrays(cls,
         images, # Pixels in 0..255, uint8, (n, H, W), (n, H, W, channels) or (n, channels, H, W), 1 or 3 channels
@@ -143,18 +143,18 @@ class InMemoryDataLoaders(DataLoaders):
         vocab:Sequence|None=None, # Class names; `None` numbers the classes, or sorts their names
         valid=0.2, # Share of validation items, stratified and the same for every `seed`; or their positions
         noise:LabelNoise|str|None=None, # Noise model for the training labels, or its name, such as `symmetric:0.2`
-        seed:int=0, # Seed of the corruption
-        bs:int=64, # Items per training batch; others are four times as large
+        seed:int=0, # Seed of the noise
+        bs:int=64, # Items per training batch; other batches are four times as large
         train:Sequence|None=None, # Positions of the training items; `None` for all that are not in `valid` or `test`
         test:Sequence|None=None, # Positions of test items, which become a third loader, `dls[2]`
-        keys:Sequence|None=None, # What identifies each of the n items; `None` for its position
+        keys:Sequence|None=None, # Key of each item, which its noise depends on; `None`: its position
         batch_tfms:list|None=None, # fastai transforms of a batch
-        normalize:Sequence|None=None, # Mean and standard deviation of the channels, of pixels in [0, 1]
+        normalize:Sequence|None=None, # Mean and standard deviation of each channel, for pixels in [0, 1]
         drop_last:bool=True, # Leave out the last training batch if it is smaller, but not the only one
-        path='.', # Where the learner writes
-        device:torch.device|str|None=None # Where batches go; `None` for fastai's default
+        path='.', # Folder that the learner writes to
+        device:torch.device|str|None=None # Device of the batches; `None`: fastai's default
     ):
-        "Make `DataLoaders` from arrays, with the record of the corruption at `dls.noise`"
+        "Make `DataLoaders` from arrays; `dls.noise` is the record of the label noise"
         noise,device = make_noise(noise),ifnone(device, default_device())
         vocab,given = _coded(labels, vocab)
         given = torch.tensor(given)
@@ -180,10 +180,10 @@ def _corrupt(noise, y, vocab, seed, train, keys, images):
 # %% ../../nbs/lab/00b_data.ipynb #d55db1e9
 @patch(cls_method=True)
 def from_dls(cls:InMemoryDataLoaders,
-    dls:DataLoaders, # Of any image `DataBlock` whose item transforms give images of one size
-    n_workers:int|None=None, # Processes that decode; `None` for one a core
+    dls:DataLoaders, # From any image `DataBlock` whose item transforms give images of one size
+    n_workers:int|None=None, # Worker processes that decode; `None`: one per core
     progress:bool=True # Show a progress bar
-)->DataLoaders: # Of the same items, transforms and splits, in memory
+)->DataLoaders: # In memory, with the same items, transforms and splits
     "Decode the images of `dls` once and hold them in memory; everything else stays as it is"
     for dl in dls.loaders: _check_loader(dl)
     if not any(len(dl.dataset) for dl in dls.loaders): raise ValueError("dls holds no items")

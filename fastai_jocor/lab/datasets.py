@@ -19,11 +19,11 @@ from .data import InMemoryDataLoaders, stratified, _read_items
 # %% ../../nbs/lab/01_datasets.ipynb #e3dbfb06
 def digits_dls(
     noise:LabelNoise|str|None=None, # Noise model for the training labels, or its name, such as `symmetric:0.2`
-    seed:int=0, # Seed of the corruption
+    seed:int=0, # Seed of the noise
     bs:int=64, # Items per batch
     valid:float=0.3, # Share of validation items, stratified, the same items for every `seed`
     **kwargs # To `InMemoryDataLoaders.from_arrays`
-)->DataLoaders: # Training and validation set, and `dls[2]` for `test` where there is one
+)->DataLoaders: # Training and validation set, and `dls[2]` for `test` if there is one
     "scikit-learn's handwritten digits: 1,797 images of 8×8 pixels in 10 classes, no download"
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -36,7 +36,7 @@ def digits_dls(
 def augmentation(
     augment # `None` or `none`, `crop_flip`, or fastai batch transforms
 )->list: # Batch transforms
-    "Return batch transforms by the name of an augmentation"
+    "The batch transforms of an augmentation"
     if augment is None or augment == 'none': return []
     if augment == 'crop_flip': return [CropFlip()]
     if not isinstance(augment, str): return list(L(augment))
@@ -146,16 +146,16 @@ def _cifar_dls(name, stats, path, noise, seed, bs, download=None, progress=True,
 def cifar10_dls(
     path:str|Path|None=None, # Folder with `train/<class>/`, `test/<class>/` or `cifar-10-batches-py`; `None`: fastai's
     noise:LabelNoise|str|None=None, # Noise model for the training labels, or its name, such as `symmetric:0.2`
-    seed:int=0, # Seed of the corruption
+    seed:int=0, # Seed of the noise
     bs:int=128, # Items per batch
     valid='test', # `test`: the test set, as in the papers; or the share of the training items to hold out, in (0, 1)
     augment:str|list|None=None, # `None` as in the papers, `crop_flip`, or fastai batch transforms
     subset:float|None=None, # Share in (0, 1), or number, of training items, stratified; the test set shrinks alike
     normalize:bool=False, # Subtract mean and divide by standard deviation; the papers do not
-    download:bool|None=None, # Let torchvision download it where it is missing; `None`: only if `path` is `None`
+    download:bool|None=None, # Let torchvision download missing data; `None`: only if `path` is `None`
     progress:bool=True, # Show a progress bar while files are read
     **kwargs # To `InMemoryDataLoaders.from_arrays`
-)->DataLoaders: # Training and validation set, and `dls[2]` for `test` where there is one
+)->DataLoaders: # Training and validation set, and `dls[2]` for `test` if there is one
     "CIFAR-10: 50,000 training and 10,000 test images of 32×32 pixels in 10 classes"
     return _cifar_dls('cifar10', cifar_stats, path, noise, seed, bs, download, progress, valid=valid, augment=augment,
                       subset=subset, normalize=normalize, **kwargs)
@@ -166,10 +166,10 @@ cifar100_stats = ([0.507,0.487,0.441], [0.267,0.256,0.276])
 def cifar100_dls(
     path:str|Path|None=None, # With `train/`, `test/` of `<class>/` or `<superclass>/<class>/`, or `cifar-100-python`
     noise:LabelNoise|str|None=None, # Noise model for the training labels, or its name, such as `asymmetric:0.4`
-    seed:int=0, # Seed of the corruption
+    seed:int=0, # Seed of the noise
     bs:int=128, # Items per batch
     **kwargs
-)->DataLoaders: # Training and validation set, and `dls[2]` for `test` where there is one
+)->DataLoaders: # Training and validation set, and `dls[2]` for `test` if there is one
     "CIFAR-100: 50,000 training and 10,000 test images of 32×32 pixels in 100 classes"
     return _cifar_dls('cifar100', cifar100_stats, path, noise, seed, bs, **kwargs)
 
@@ -178,11 +178,11 @@ def cifar100_dls(
 def mnist_dls(
     path:str|Path|None=None, # Folder that holds `MNIST/raw/`, torchvision's layout; `None` for fastai's data folder
     noise:LabelNoise|str|None=None, # Noise model for the training labels, or its name, such as `symmetric:0.2`
-    seed:int=0, # Seed of the corruption
+    seed:int=0, # Seed of the noise
     bs:int=128, # Items per batch
-    download:bool|None=None, # Let torchvision download it where it is missing; `None`: only if `path` is `None`
+    download:bool|None=None, # Let torchvision download missing data; `None`: only if `path` is `None`
     **kwargs
-)->DataLoaders: # Training and validation set, and `dls[2]` for `test` where there is one
+)->DataLoaders: # Training and validation set, and `dls[2]` for `test` if there is one
     "MNIST: 60,000 training and 10,000 test images of 28×28 pixels"
     def read():
         root,fetch = Path(ifnone(path, fastai_path('data'))),ifnone(download, path is None)

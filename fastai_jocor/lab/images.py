@@ -22,12 +22,12 @@ def _not_images(about):
     return {str(o) for o in verify_images([Path(name) for name,*_ in about])}
 
 def readable(
-    df:pd.DataFrame, # `file` and `label`
+    df:pd.DataFrame, # With columns `file` and `label`
     root, # Folder that the files are relative to
     least:int=10, # Images that are needed
     folder:str|Path|None=None # Keeps what was found of 500 files or more; `None`: look each time
 )->tuple: # The rows of the files that are images; the names of the other files
-    "Tell images from other files, or raise a `ValueError` where too few are left"
+    "Find the files that are images, or raise a `ValueError` if there are too few"
     files = [Path(root)/o for o in df.file]
     if len(files) < 500: bad = {str(o) for o in files if not verify_image(o)}
     else: bad = joblib.Memory(folder, verbose=0).cache(_not_images)([_about(o) for o in files])
@@ -50,12 +50,12 @@ def _from_file(arch, file):
     return make
 
 def find_arch(
-    name:str, # Of torchvision or timm, such as `resnet34` or `convnext_tiny`
+    name:str, # Name in torchvision or timm, such as `resnet34` or `convnext_tiny`
     weights:str|Path|None=None # File of weights; `None` for the published ones
-)->tuple: # What `vision_learner` takes as `arch`; further arguments of it
-    "A network by its name"
+)->tuple: # `arch` for `vision_learner`; its further arguments, a `dict`
+    "Find a network by name, or raise a `ValueError` that suggests the most similar one"
     if weights is not None and not Path(weights).is_file():
-        raise ValueError(f"weights={str(weights)!r} does not exist: name a file of weights for {name}")
+        raise ValueError(f"weights={str(weights)!r} does not exist: pass a file of weights for {name}")
     if name in torchvision.models.list_models(module=torchvision.models):
         arch = getattr(torchvision.models, name)
         if weights is None: return arch, {}
@@ -81,17 +81,17 @@ def _image_dls(df, root, size, bs, valid):
                           after_batch=[IntToFloatTensor])
 
 def audit_learner(
-    df:pd.DataFrame, # `file` and `label`, each file readable; `valid`, bool, where some are for validation
+    df:pd.DataFrame, # With `file` (all readable), `label`, and optionally `valid` (bool), for validation items
     root, # Folder that the files are relative to
-    arch:str='resnet18', # Network, of torchvision or timm
+    arch:str='resnet18', # Network of torchvision or timm
     weights:str|Path|None=None, # File of weights; `None` for the published ones
-    pretrained:bool=True, # Begin with these weights
-    size:int=128, # Side to which images are brought, in pixels
-    bs:int=64, # Items per batch; fewer where there are fewer items
-    out='.', # The learner's folder
+    pretrained:bool=True, # Start from these weights
+    size:int=128, # Side that images are resized to, in pixels
+    bs:int=64, # Items per batch, or all if there are fewer
+    out='.', # Folder of the learner
     seed:int=0 # Seed of the weights
-)->Learner: # Of `vision_learner`
-    "Make a learner on images to audit"
+)->Learner: # From `vision_learner`
+    "Make a learner whose labels are to be audited"
     valid = df.valid.to_numpy(bool) if 'valid' in df else np.zeros(len(df), bool)
     if valid.all(): raise ValueError("valid marks all items: some must be left to train on")
     name,kwargs = find_arch(arch, weights)
@@ -101,5 +101,5 @@ def audit_learner(
     try: return vision_learner(dls, name, pretrained=pretrained, metrics=accuracy, path=out, **kwargs)
     except Exception as e:
         if not pretrained or weights is not None: raise
-        raise ValueError(f"the weights of {arch} could not be had ({type(e).__name__}: {e}): run once with a network, "
-                         "name a file of them with --weights, or pass --no-pretrained to train from scratch") from e
+        raise ValueError(f"the weights of {arch} could not be loaded ({type(e).__name__}: {e}): run once online, "
+                         "pass a file of them with --weights, or pass --no-pretrained to train from scratch") from e

@@ -30,16 +30,17 @@ _pictures = dict(
 
 def last_epochs(
     last:int, # Epochs to average over
-    rs:pd.DataFrame # Of `read_results`
+    rs:pd.DataFrame # From `read_results`
 )->str: # Such as `last 10 epochs`
-    "Say over which epochs a score is averaged"
+    "The epochs that a score is averaged over, in words"
     n = min(last, rs.epochs.iloc[0])
     return 'last epoch' if n == 1 else f'last {n} epochs'
 
 def _seeds(rs):
     yield 'p',f"Seeds: {', '.join(map(str, sorted(set(rs.seed))))}."
     if rs.groupby(['noise','label']).seed.agg(tuple).nunique() > 1:
-        yield 'p','Some methods lack some of them: such entries say their number; compare by the paired differences.'
+        yield 'p',('Some methods lack some of these seeds: their entries give the number (n); '
+                   'compare by the paired differences.')
 
 def _score(rs, score, last):
     title,about = _scores[score]
@@ -49,8 +50,8 @@ def _score(rs, score, last):
         yield 'p',f"Rows marked as published are not ours: {p['source']}, {p['protocol']}."
         if not _like(rs, p): yield 'p','Our runs follow another protocol: the figures are not like for like.'
     best = clear_best(rs, score)
-    if best: yield 'p',('In bold: the best of a column, if it is above each other method, '
-                         'and the paired 95% intervals leave out 0; a single seed has no interval.')
+    if best: yield 'p',('In bold: the best of a column, if it is above every other method, '
+                         'and the paired 95% intervals exclude 0; a single seed has no interval.')
     table = score_table(rs, score, with_published=True)
     table = _filled(table[(table != '–').any(axis=1)]).reset_index()
     at = {label: i for i,label in enumerate(table['method'])}
@@ -58,7 +59,7 @@ def _score(rs, score, last):
     yield 'table',table
 
 def _filled(table):
-    "Without the columns in which nothing stands"
+    "The table without empty columns"
     return table.loc[:, ~table.isin(['–', '']).all()]
 
 def _differences(rs, reference):
@@ -72,15 +73,15 @@ def _differences(rs, reference):
 
 # %% ../../nbs/lab/04c_report.ipynb #8e900204
 def report_blocks(
-    df:pd.DataFrame, # Of `read_results`
-    reference:str|None=None, # Label of the method to compare with; `None`: of `references`
-    last:int=10, # Epochs that were averaged over
-    open_runs:int=0, # Runs without a result
-    facts:dict|None=None # What else to say at the top, such as the folder, the command and the date
-)->list: # Yields pairs of a kind (`h1`, `h2`, `h3`, `p`, `table`, `figure`) and a content
+    df:pd.DataFrame, # From `read_results`
+    reference:str|None=None, # Label of the method to compare with; `None`: each of `references`
+    last:int=10, # Last epochs that were averaged over
+    open_runs:int=0, # Number of runs without a result
+    facts:dict|None=None # What else to say at the top, such as folder, command and date
+)->list: # Yields pairs of a kind (`h1`, `h2`, `h3`, `p`, `table`, `figure`) and its content
     "The contents of a report"
     yield 'h1','Results'
-    left_out = f'; {open_runs} more have no whole result yet, and are left out' if open_runs else ''
+    left_out = f'; {open_runs} more have no complete result yet, and are left out' if open_runs else ''
     yield 'p',f"{len(df)} finished runs{left_out}."
     said = dict(facts or {})
     for o in ('processor','device','versions'): said[o] = '; '.join(sorted(set(df[o])-{''})) or 'not told'
@@ -97,7 +98,7 @@ def report_blocks(
 
 # %% ../../nbs/lab/04c_report.ipynb #8e900207
 def _md(s):
-    "Text as it is, on one line"
+    "Escape text for Markdown, on one line"
     return re.sub(r'([\\`*_{}\[\]<>#|$~&])', r'\\\1', re.sub(r'\s+', ' ', str(s)))
 
 def _md_table(df):
@@ -120,10 +121,10 @@ def _png(fig):
     return buf.getvalue()
 
 def write_report(
-    blocks, # Of `report_blocks`
+    blocks, # From `report_blocks`
     out # Folder for report.md, report.html and the pictures
 ):
-    "Write a report as Markdown with pictures beside it, and as one HTML page that holds them"
+    "Write a report as Markdown with pictures beside it, and as a self-contained HTML page"
     out,md,body = Path(out),[],[]
     out.mkdir(parents=True, exist_ok=True)
     for kind,o in blocks:

@@ -22,7 +22,7 @@ def _from_folder(source):
     files = [f for f in sorted(get_image_files(source)) if f.parent != source]
     if not files:
         raise ValueError(f"source={str(source)!r} holds no images in folders: "
-                         "it must hold a folder of images for each class")
+                         "it must hold a subfolder of images for each class")
     rows = [(f.relative_to(source).as_posix(), f.parent.name) for f in files]
     return pd.DataFrame(rows, columns=['file', 'label'])
 
@@ -48,16 +48,16 @@ def _problems(df):
         yield f"holds {df.label.nunique()} class: at least two are needed to tell a wrong label"
 
 def read_labels(
-    source, # Folder with a folder of images for each class, or a CSV
+    source, # Folder with a subfolder of images for each class, or a CSV
     file_col:str='file', # Column of the CSV with the files
     label_col:str='label' # Column of the CSV with the labels
-)->pd.DataFrame: # `file`, relative to the folder or as in the CSV, and `label`
-    "Read which image has which label, or raise a `ValueError`"
+)->pd.DataFrame: # With `file`, relative to the folder or as in the CSV, and `label`
+    "Read a list of images and labels, or raise a `ValueError` for what is wrong with it"
     source = Path(source)
     if source.is_dir(): df = _from_folder(source)
     elif source.is_file(): df = _from_csv(source, file_col, label_col)
     else: raise ValueError(f"source={str(source)!r} does not exist: "
-                           "it must be a folder with a folder of images for each class, or a CSV")
+                           "it must be a folder with a subfolder of images for each class, or a CSV")
     for problem in _problems(df): raise ValueError(f"source={str(source)!r} {problem}")
     return df
 
@@ -87,7 +87,7 @@ def _suspects_of(found, good, n, least):
     return s.set_index(pd.Index([at[o] for o in s['item']], name='position'))
 
 def _by_file(found, good, root):
-    "The audit with the names of the list of labels"
+    "The audit, with items named as in the list of labels"
     names = {str(Path(root)/f): f for f in good.file}
     found.table['item'] = found.table['item'].map(names)
     before = f'almost equal to {Path(root)/"_"}'[:-1]
@@ -99,12 +99,12 @@ def _by_file(found, good, root):
 
 # %% ../../nbs/lab/05_review.ipynb #43f05b2a
 def audit(
-    source, # Folder with a folder of images for each class, or a CSV with columns for file and label
+    source, # Folder with a subfolder of images for each class, or a CSV with columns for file and label
     path:str|None=None, # Folder that the CSV's files are relative to; `None` for the CSV's own
     file_col:str='file', # Column of the CSV with the files
     label_col:str='label', # Column of the CSV with the labels
     valid_col:str|None=None, # Column of the CSV that marks items for validation; `None`: all are trained on
-    true_col:str|None=None, # Column of the CSV with true labels where they are known, to see how good the list is
+    true_col:str|None=None, # Column of the CSV with true labels, if known, to check the suspects against
     out:str='audit', # Output folder
     arch:str='resnet18', # Network with a pretrained body, of torchvision or timm
     weights:str|None=None, # File of its weights; `None` for the published ones
@@ -114,12 +114,12 @@ def audit(
     co_lambda:float|None=None, # Weight of the contrast, in [0, 1]; `None`: found in training
     forget_rate:float|None=None, # Share of wrong labels, in [0, 1); `None`: found in training
     epochs:int|None=None, # Number of epochs; `None`: 10 to 30
-    size:int=128, # Side to which images are brought, in pixels
+    size:int=128, # Side that images are resized to, in pixels
     bs:int=64, # Images per batch
-    n:int|None=None, # At most so many suspects; `None` for all that are probably wrong
-    least:float=.5, # Least probability that the label of a suspect is wrong, in [0, 1]
-    seed:int=0, # Seed of weights and batches
-    command:str='' # The command to show on the page
+    n:int|None=None, # Most suspects to list; `None` for all
+    least:float=.5, # Smallest probability that the label of a suspect is wrong, in [0, 1]
+    seed:int=0, # Seed of weights, batches and hidden labels
+    command:str='' # Command to show on the page
 )->pd.DataFrame: # The suspects, by position in the list of labels
     "Find the labels of images that look wrong: write suspects.csv, items.csv and suspects.html"
     check_seed(seed)
@@ -127,7 +127,7 @@ def audit(
                  fine_tune=(fine_tune,0))
     for name,(v,low) in whole.items():
         check_number(name, v, lambda v: isinstance(v, int) and v >= low, f'be an integer of at least {low}')
-    check_number('least', least, lambda v: 0 <= v <= 1, 'lie in [0, 1]: the least probability that a label is wrong')
+    check_number('least', least, lambda v: 0 <= v <= 1, 'lie in [0, 1]: a probability that a label is wrong')
     source,out = Path(source),Path(out)
     root = Path(path or (source if source.is_dir() else source.parent))
     labels = read_labels(source, file_col, label_col)
@@ -161,10 +161,10 @@ def _write(found, good, bad, root, source, out, n, least, command):
 
 # %% ../../nbs/lab/05_review.ipynb #9f6038ce
 def apply_reviewed(
-    df:pd.DataFrame, # Of `read_labels`
-    reviewed:pd.DataFrame # Of the page: item, given_label, predicted_label, decision
-)->pd.DataFrame: # `file`, `label`
-    "Apply decisions to a list of labels, or raise a `ValueError` where they do not fit it"
+    df:pd.DataFrame, # From `read_labels`
+    reviewed:pd.DataFrame # From the page: item, given_label, predicted_label, decision
+)->pd.DataFrame: # With `file` and `label`
+    "Apply decisions to a list of labels, or raise a `ValueError` if they do not fit it"
     missing = {'item', 'given_label', 'predicted_label', 'decision'} - set(reviewed)
     if missing: raise ValueError(f"reviewed has no column {sorted(missing)[0]!r}: export it from the page")
     labels = df.set_index('file').label
@@ -195,14 +195,14 @@ def write_cleaned(
     label_col:str='label', # Column of the CSV with the labels
     out='audit', # Output folder
     path:str|Path|None=None, # Folder that the CSV's files are relative to; `None` for the CSV's own
-    copy_to:str|Path|None=None # Folder to copy the files into, a folder for each class; `None` copies none
-)->pd.DataFrame: # `file`, `label`
-    "Write cleaned.csv, the labels after a review; other columns of the CSV stay"
+    copy_to:str|Path|None=None # New folder for copies of the files, with a subfolder per class; `None` copies none
+)->pd.DataFrame: # With `file` and `label`
+    "Write cleaned.csv, the labels after a review, with the other columns of the CSV"
     df,file = read_labels(source, file_col, label_col),Path(out)/'cleaned.csv'
     if not Path(reviewed).is_file():
         raise ValueError(f"apply={str(reviewed)!r} does not exist: export reviewed.csv from suspects.html")
     if file.exists() and file.resolve() == Path(source).resolve():
-        raise ValueError(f"out={str(out)!r} would write over {source}: name another folder")
+        raise ValueError(f"out={str(out)!r} would overwrite {source}: name another folder")
     new = whole = apply_reviewed(df, read_table(reviewed))
     if Path(source).is_file(): whole = read_table(source).loc[new.index].assign(**{label_col: new.label})
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -216,11 +216,11 @@ def write_cleaned(
 
 # %% ../../nbs/lab/05_review.ipynb #5b9bca06
 def copy_cleaned(
-    labels:pd.DataFrame, # `file` and `label`, after a review
+    labels:pd.DataFrame, # With `file` and `label`, after a review
     root, # Folder that the files are relative to; nothing in it is changed
-    folder # To copy into: new, or empty
+    folder # Folder to copy into, new or empty
 ):
-    "Copy files into a folder for each class"
+    "Copy files into a subfolder for each class"
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"copy_to={str(folder)!r} is not empty: name a new folder")
@@ -233,7 +233,7 @@ def copy_cleaned(
         shutil.copy2(Path(root)/f, folder/label/(str(f).replace('/', '_').replace('\\', '_') if same else name))
 
 def _how_to_train(file, root, copy_to, file_col, label_col):
-    "The lines of fastai that train on what was cleaned"
+    "Lines of fastai code that train on the cleaned labels"
     if copy_to is not None: dls = f"ImageDataLoaders.from_folder({str(copy_to)!r}, valid_pct=.2, item_tfms=Resize(128))"
     else: dls = (f"ImageDataLoaders.from_csv({str(root)!r}, {str(Path(file).resolve())!r}, fn_col={file_col!r}, "
                  f"label_col={label_col!r}, item_tfms=Resize(128))")

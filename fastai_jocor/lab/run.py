@@ -23,7 +23,7 @@ from .config import RunConfig
 
 # %% ../../nbs/lab/02b_run.ipynb #0fb1fb31
 class PeerAccuracy(Callback):
-    "Add the mean validation accuracy of the individual peers to the table, and keep each peer's"
+    "Add the mean validation accuracy of the individual peers to the epoch table, and keep that of each"
     order = -4
     def __init__(self):
         self.each,self.hooks = [],[]
@@ -68,11 +68,11 @@ class PeerAccuracy(Callback):
 
 # %% ../../nbs/lab/02b_run.ipynb #dd86d71f
 class PaperSchedule(Callback):
-    "The papers' schedule for Adam: constant, then from epoch `decay_start` linear to 0, with β1 at 0.1"
+    "The papers' schedule for Adam: a constant learning rate, then linear to 0 with β1 at 0.1"
     run_valid = False
     def __init__(self,
         lr:float=1e-3, # Learning rate before the decay
-        decay_start:int|None=None, # First epoch of the decay; `None`: 80 of 200 epochs, or the same share of others
+        decay_start:int|None=None, # First epoch of the decay, from 0 on; `None`: after 40% of the epochs
         moms=(0.9,0.1) # β1 before and during the decay
     ): self.base_lr,self.decay_start,self.mom_pair = lr,decay_start,moms
 
@@ -83,7 +83,7 @@ class PaperSchedule(Callback):
         self.opt.set_hypers(lr=self.base_lr*left, mom=self.mom_pair[self.epoch >= start])
 
 def fast_adam(
-    params, # Parameters, or groups of them
+    params, # Parameters, or parameter groups
     **kwargs # To torch's Adam
 )->OptimWrapper: # A fastai optimizer
     "torch's fused Adam as a fastai optimizer"
@@ -102,8 +102,8 @@ def _data(cfg, path):
 def run_learner(
     cfg:RunConfig, # The run
     path:str|Path|None=None # Folder of the data set; `None` for its default
-)->Learner: # With the data, the noise and the loss of the run, not trained yet
-    "Make the data, the network and the learner of a run; convolutions are channels-last on a CPU and in bfloat16"
+)->Learner: # Untrained, with the data, noise and loss of the run
+    "Make the data, the network and the learner of a run; CNNs are channels-last on a CPU and in bfloat16"
     set_seed(cfg.seed)
     dls = _data(cfg, path)
     is_cifar,is_low = cfg.dataset.startswith('cifar'),cfg.precision == 'bfloat16'
@@ -113,7 +113,7 @@ def run_learner(
     return Learner(dls, model, loss_func=cfg.loss(dls), opt_func=fast_adam, lr=cfg.lr, metrics=accuracy, cbs=cbs)
 
 class PlainTable(Callback):
-    "Print the epoch table in plain lines, for output that is not a terminal"
+    "Print the epoch table as plain lines, for output that is not a terminal"
     order = 56
     def before_fit(self):
         self.run = not is_validating(self.learn)
@@ -128,8 +128,8 @@ class PlainTable(Callback):
 # %% ../../nbs/lab/02b_run.ipynb #8a03871f
 def run_history(
     learn:Learner, # After a fit
-    peer_acc:PeerAccuracy # The callback of that fit
-)->pd.DataFrame: # A row an epoch
+    peer_acc:PeerAccuracy # A callback of that fit
+)->pd.DataFrame: # A row per epoch
     "The epoch table as a `DataFrame`, with the accuracy of each peer"
     names = list(learn.recorder.metric_names)[:-1]
     df = pd.DataFrame([[i,*v] for i,v in enumerate(learn.recorder.values)], columns=names)
@@ -137,10 +137,10 @@ def run_history(
     return df
 
 def summarise(
-    history:pd.DataFrame, # Of `run_history`
-    last:int=10 # Epochs to average over, as the papers do
+    history:pd.DataFrame, # From `run_history`
+    last:int=10 # Last epochs to average over; the papers: 10
 )->dict: # Accuracies in [0, 1]
-    "Score a run: means over the last epochs, the last epoch, and the best epoch apart"
+    "Score a run: means over the last epochs, the last epoch, and separately the best epoch"
     end,acc = history.tail(last),history.accuracy
     res = dict(epochs=len(history), peer_accuracy=end.peer_accuracy.mean(), ensemble_accuracy=end.accuracy.mean(),
                last_accuracy=acc.iloc[-1], best_epoch=acc.idxmax(), best_accuracy=acc.max())
@@ -148,7 +148,7 @@ def summarise(
     return {k: v.item() if isinstance(v, np.generic) else v for k,v in res.items()}
 
 def machine()->dict: # Processor, cores, threads, device, and versions
-    "Where a figure was measured"
+    "The machine and the versions that results come from"
     import fastai, fastai_jocor
     versions = {m.__name__: str(m.__version__) for m in (torch, fastai, fastai_jocor)}
     return dict(processor=_processor(), cores=os.cpu_count(), threads=torch.get_num_threads(),
@@ -159,10 +159,10 @@ def _processor():
     except (OSError, StopIteration): return platform.processor() or platform.machine()
 
 def plot_history(
-    history:pd.DataFrame, # Of `run_history`
+    history:pd.DataFrame, # From `run_history`
     cfg:RunConfig # The run, for the title
-)->plt.Figure: # One axis
-    "Plot accuracy, and label precision and recall where they are known, against the epoch"
+)->plt.Figure: # With one pair of axes
+    "Plot accuracy, and label precision and recall if known, against the epoch"
     fig,ax = plt.subplots(figsize=(6,3.5), layout='constrained')
     ax.plot(history.accuracy, label='accuracy', color='tab:blue')
     for column in history.filter(regex=r'^peer_\d+$'):
@@ -176,10 +176,10 @@ def plot_history(
 
 # %% ../../nbs/lab/02b_run.ipynb #74f82462
 class RunProgress(Callback):
-    "Seconds that a run has taken over all its processes, and its finished epochs in a file"
+    "Measure the seconds of a run over all interruptions, and write the number of finished epochs to a file"
     order = 63
     def __init__(self,
-        file:object|None=None # Where to write how many epochs are finished; `None` for nowhere
+        file:object|None=None # File for the number of finished epochs; `None` writes none
     ): self.file,self.before = file,0.
     def before_fit(self): self.begin = time.perf_counter()
 
@@ -200,7 +200,7 @@ def _fit(learn, cfg, cbs):
 def _write_history(out, history): write_text(out/'history.csv', history.to_csv(index=False, float_format='%.6g'))
 
 def _begin(out, cfg, resume):
-    "Leave nothing of an earlier run"
+    "Remove what an earlier run left"
     out.mkdir(parents=True, exist_ok=True)
     old = ['result.json','learning_curve.png','model.pth'] + ([] if resume else ['history.csv'])
     for f in old: (out/f).unlink(missing_ok=True)
@@ -220,7 +220,7 @@ def run(
     out:str|Path|None=None, # Folder for configuration, history, picture, weights and result; `None` writes nothing
     path:str|Path|None=None, # Folder of the data set; `None` for its default
     verbose:bool=True, # Print the epoch table
-    extras:bool=True, # Write learning_curve.png and model.pth too
+    extras:bool=True, # Also write learning_curve.png and model.pth
     resume:bool=False, # Write checkpoints, and go on from the one that a killed run left in `out`
     cbs:list|None=None # Further callbacks
 )->tuple: # The learner, the history (a `DataFrame`) and the result (a `dict`)

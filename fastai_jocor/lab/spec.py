@@ -21,7 +21,7 @@ class _PlainLoader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = []
         for k,_ in node.value:
-            if k.value in seen: raise ValueError(f"line {k.start_mark.line+1}: the key {k.value!r} stands there twice")
+            if k.value in seen: raise ValueError(f"line {k.start_mark.line+1}: the key {k.value!r} occurs twice")
             seen.append(k.value)
         return super().construct_mapping(node, deep)
 
@@ -29,9 +29,9 @@ def load_yaml(
     text:str, # YAML
     what:str # Where it comes from, for errors
 )->object: # Plain values
-    "Read plain values from YAML; tags and double keys are refused, and nothing in it runs"
+    "Read plain values from YAML; a `ValueError` for tags and duplicate keys, and no code runs"
     try: return yaml.load(text, _PlainLoader)
-    except yaml.YAMLError as e: raise ValueError(f"{what} is no YAML: {e}") from e
+    except yaml.YAMLError as e: raise ValueError(f"{what} is not valid YAML: {e}") from e
     except ValueError as e: raise ValueError(f"{what}, {e}") from e
 
 _plain = lambda t: (get_args(t) or (t,))[0] # `float` of `float|None`
@@ -48,9 +48,9 @@ def _number(v, whole):
 
 def cast(
     name:str, # A field of `RunConfig`
-    v # Its value as YAML has it
+    v # Its value as read from YAML
 )->object: # The value in the type of the field
-    "Turn a value from YAML into the type of a field, or raise a `ValueError`"
+    "Convert a value from YAML to the type of a field, or raise a `ValueError`"
     kind,default = types[name]
     if v is None and default is None: return None
     o = v
@@ -87,14 +87,14 @@ def _of_methods(blocks, chosen):
     return [b for b in blocks if b['method']]
 
 # %% ../../nbs/lab/02a_spec.ipynb #a00629c1
-def grids()->dict: # From the name to the file
+def grids()->dict: # Name -> path of the file
     "The grids that come with the package"
     return {p.stem: p for p in sorted(Path(str(files('fastai_jocor.lab')/'grids')).glob('*.yaml'))}
 
 def grid_file(
     grid # A file, or the name of one of `grids`
 )->Path: # The file
-    "Find a grid"
+    "Find a grid, or raise a `ValueError` that suggests the most similar name"
     known = grids()
     if Path(grid).is_file(): return Path(grid)
     if str(grid) in known: return known[str(grid)]
@@ -103,15 +103,15 @@ def grid_file(
 
 def about(
     file:Path # A grid
-)->str: # The lines of comment up to the first empty one, as one
-    "What a grid is for"
+)->str: # One line
+    "What a grid is for: the comment at its top, up to the first empty line"
     head = itertools.takewhile(lambda o: o.strip('# '), file.read_text(encoding='utf-8').splitlines())
     return ' '.join(o.strip('# ') for o in head)
 
 # %% ../../nbs/lab/02a_spec.ipynb #a00629bf
 def load_plugins(
     names, # Names of modules, one or a list
-    folder='.' # Where they are looked for, besides where Python looks and in the working directory
+    folder='.' # Folder to look in, besides Python's path and the working directory
 ):
     "Import modules that add methods and contrasts"
     names = [names] if isinstance(names, str) else names
@@ -128,10 +128,10 @@ def load_plugins(
                              "and no installed module of this name") from e
 
 def grid_configs(
-    spec:dict, # From a field of `RunConfig` to its value or a list; `runs`: a list of such mappings; `plugins`: modules
+    spec:dict, # Field of `RunConfig` -> value or list; `runs`: a list of such mappings; `plugins`: modules
     **over # Fields that replace those of `spec`; `method` chooses among the `runs` that name theirs
-)->list: # Configurations, the first seed's first
-    "Combine the values of a grid to configurations"
+)->list: # Configurations, those of the first seed first
+    "All combinations of the values of a grid, as configurations"
     _check_keys(spec, [*types,'runs','plugins'], 'the grid')
     load_plugins(spec.get('plugins', []))
     blocks = spec.get('runs', [{}])
@@ -149,11 +149,11 @@ def grid_configs(
     return sorted(cfgs, key=lambda c: [found.index(getattr(c, n)) for n,found in rank.items()])
 
 def read_grid(
-    file, # YAML file, or name of one of `grids`; `None` for one run of the defaults
-    plugins:str|None=None, # Modules to import beside those of the file, with commas between
-    **over # Fields that replace those of the file, as YAML text: one value, or several with commas between
+    file, # YAML file, or name of one of `grids`; `None`: one run with the defaults
+    plugins:str|None=None, # Modules to import besides those of the file, separated by commas
+    **over # Fields that replace those of the file, as YAML text: one value, or several separated by commas
 )->list: # Configurations
-    "Read a grid, and refuse what cannot be run, naming the nearest that can"
+    "Read a grid; a `ValueError` for what cannot be run suggests the most similar name"
     if file is not None: file = grid_file(file)
     spec = {} if file is None else load_yaml(file.read_text(encoding='utf-8'), str(file))
     values = {n: load_yaml(f'[{v}]', n) for n,v in over.items()}

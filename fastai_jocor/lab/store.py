@@ -28,16 +28,16 @@ def _fits(n_bytes, device):
 
 # %% ../../nbs/lab/00_store.ipynb #cd94c758
 class ImageStore:
-    "All images of a data set in one tensor of bytes, and their targets in another"
+    "All images of a data set in one uint8 tensor, and their targets in another"
     def __init__(self,
         images, # Pixels in 0..255, uint8, (n, H, W), (n, H, W, channels) or (n, channels, H, W), 1 or 3 channels
         targets, # Targets, shape (n, ...)
-        types:Sequence|None=None # Types of a batch of images and of targets; `None` for images and categories
+        types:Sequence|None=None # Tensor types of a batch of images and of targets; `None`: image and category
     ):
         self.images = _channels_last(images).contiguous()
         self.targets = torch.as_tensor(targets)
         if len(self.images) != len(self.targets):
-            raise ValueError(f"targets holds {len(self.targets)} entries for {len(self.images)} images: one each")
+            raise ValueError(f"targets holds {len(self.targets)} entries for {len(self.images)} images: give one each")
         image = TensorImageBW if self.images.shape[3] == 1 else TensorImage
         self.types = ifnone(types, (image, TensorCategory))
 
@@ -67,12 +67,12 @@ class ImageStore:
 class MemoryDL(TfmdDL):
     "A `TfmdDL` whose batches are gathered from an `ImageStore`; for any other data set it makes an ordinary `TfmdDL`"
     def __init__(self,
-        dataset, # The items, for all that is not a batch: decoding, showing, test sets
-        store:ImageStore, # Their images and targets
-        pos:Sequence|None=None, # Place of each item in the store; `None`: the same place
+        dataset, # Data set of the items, for decoding, showing and test sets
+        store:ImageStore, # Images and targets of the items
+        pos:Sequence|None=None, # Position of each item in the store; `None`: that in the data set
         bs:int=64, # Items per batch
         shuffle:bool=False, # Draw a new order in each epoch
-        num_workers:int=0, # Ignored: no worker is needed
+        num_workers:int=0, # Ignored: no worker processes are needed
         **kwargs
     ):
         self.store = store
@@ -105,12 +105,12 @@ class MemoryDL(TfmdDL):
         self.store.to(device)
 
     def relabelled(self,
-        labels, # A label for each item of this loader, class indices, shape (n,)
+        labels, # New label of each item of this loader, class indices, shape (n,)
         left, # Positions of the items to keep
-        noise:object|None=None, # Record of the corrupted labels of the items to keep, a `NoiseRecord`
-        dataset:object|None=None # Data set of the items to keep; not used where this loader's own is a `MemoryDatasets`
+        noise:object|None=None, # The `NoiseRecord` of the items to keep
+        dataset:object|None=None # Data set of the items to keep; ignored if this loader's own is a `MemoryDatasets`
     )->TfmdDL: # A `MemoryDL`
-        "Return a loader of the items `left` with these labels; images are shared"
+        "A loader of the items `left` with new labels; images are shared"
         store = self.store.with_targets(self.pos, labels)
         pos = self.pos[left]
         if isinstance(self.dataset, MemoryDatasets): dataset = self.dataset.over(store, pos, noise)
@@ -140,10 +140,10 @@ class MemoryDatasets(Datasets):
     "`Datasets` over some of the items of an `ImageStore`"
     def __init__(self,
         store:ImageStore, # Images and targets
-        idxs, # Places in the store of the items, shape (n,)
+        idxs, # Positions of the items in the store, shape (n,)
         vocab, # Class names
         split_idx:int=0, # 0 for a training set, 1 for others
-        noise:object|None=None, # Record of corrupted labels; `None` for none
+        noise:object|None=None, # The `NoiseRecord` of the items, if labels were corrupted
         types:Sequence|None=None # Types of image and target, for showing; `None` infers them
     ):
         self.store,self.classes,self.record = store,vocab,noise
@@ -191,7 +191,7 @@ class CropFlip(RandTransform):
 
 # %% ../../nbs/lab/00_store.ipynb #c3da5b06
 class BytesToFloat(IntToFloatTensor):
-    "`IntToFloatTensor` that knows categories, too"
+    "`IntToFloatTensor` that also handles categories"
     def encodes(self, x:TensorImage): return x.float().div_(self.div)
     def encodes(self, y:TensorCategory): return y
 
