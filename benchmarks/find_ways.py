@@ -15,7 +15,7 @@ from fastai_jocor.heads import fused_adam, new_head
 from fastai_jocor.judge import default_batch, default_epochs, NoValidation
 from everyday_data import adult, clothing, digits, features, features10k, features5k, table_learner, text_learner, trec
 
-LR = 3e-3 # of the networks, as in `audit_labels` on fewer than 20,000 items
+LR = 3e-3 # of the networks, as in `audit_labels` on fewer than 40,000 items
 
 # What a way finds. `score`: larger for labels that are more probably wrong; `listed`: bool; the others may be missing
 Found = namedtuple('Found', 'score listed p_wrong expected low high', defaults=[None,None,np.nan,np.nan,np.nan])
@@ -53,7 +53,7 @@ def of_columns(x):
 people = 'worse', 'aggre', 'symmetric 20', 'asymmetric 40', 'random', 'symmetric 50'
 Data = namedtuple('Data', 'source learner matrix bs noises seeds')
 tables = dict(
-    features=Data(features, head_learner, np.asarray, 256, people, 1),
+    features=Data(features, head_learner, np.asarray, 512, people, 1),
     features5k=Data(features5k, head_learner, np.asarray, 128, [*people, 'clean'], 3),
     features10k=Data(features10k, head_learner, np.asarray, 128, people, 3),
     clothing=Data(projected(clothing), head_learner, np.asarray, 64,

@@ -215,15 +215,15 @@ def check_fit(self:JoCorCallback,
     can = not s.multi_label and s.tells and len(self.source) > 0
     self.by_evidence = self.rule != 'schedule' and can
     if self.rule == 'evidence' and not can:
-        raise ValueError("rule='evidence' needs one class an item and a fastai loader that tells which items it "
+        raise ValueError("rule='evidence' needs one class per item and a fastai loader that tells which items it "
                          "gives: pass rule='schedule' and forget_rate, your guess of the share of wrong labels")
     if self.plus and not can:
-        raise ValueError(f"plus={self.plus!r} needs one class an item and a fastai loader that tells "
+        raise ValueError(f"plus={self.plus!r} needs one class per item and a fastai loader that tells "
                          "which items it gives: leave it out")
     PeersCallback.check_fit(self, s)
     if self.balance and (s.multi_label or not s.tells):
         raise ValueError(f"balance={self.balance!r} compares the losses of items with the same "
-                         "label, which needs one class an item and a fastai loader that tells "
+                         "label, which needs one class per item and a fastai loader that tells "
                          "which items it gives: pass balance=0")
     if self.prune and self.accumulates:
         raise ValueError(f"prune={self.prune!r} changes the number of items in a batch, which "

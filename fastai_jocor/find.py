@@ -22,9 +22,9 @@ from .judge import fine_tuned, fit_heads, Judgement, peer_log_probs
 
 # %% ../nbs/16b_find.ipynb #a2088960
 def nearest_of(
-    dls:DataLoaders # Of `feature_dls`
-)->tuple: # Distances and positions, of training and validation items together
-    "The nearest neighbours of all items (`nearest`), by the first 64 components of their features"
+    dls:DataLoaders # From `feature_dls`
+)->tuple: # Distances and positions, as from `nearest`, training items first
+    "The nearest neighbours of all training and validation items, by the first 64 components of their features"
     return nearest(torch.cat([dl.dataset.x[:,:64] for dl in dls.loaders]).cpu().numpy())
 
 def _note_of(table, pairs, far):
@@ -171,9 +171,9 @@ def plot(self:LabelAudit,
 def audit_labels(
     learn:Learner, # With one class per item; left unchanged
     k:int=3, # Number of heads, at least 2
-    epochs:int|None=None, # Number of epochs; `None`: 10 to 30
-    lr:float|None=None, # Largest learning rate of one cycle; `None`: 3e-3, or 4.5e-3 from 20,000 items on
-    folder:str|Path|None=None, # Folder for files of features; `None`: that of `feature_folder()`
+    epochs:int|None=None, # Number of epochs, at least 1; `None`: 10 to 30, fewer for more items
+    lr:float|None=None, # Maximum learning rate of one cycle, above 0; `None`: 3e-3, or 6e-3 from 40,000 items on
+    folder:str|Path|None=None, # Folder for files of features; `None`: `feature_folder()`
     seed:int=0, # Seed of weights, batches and hidden labels
     features:bool=True, # Train heads on features; `False`: the whole model, re-initialised
     fine_tune:int=0, # Epochs in which the body is trained too, with the heads back on it; slow

@@ -245,7 +245,7 @@ def test_data_for_a_schedule_only(make):
     assert not cb.by_evidence and cb.history.R.tolist() == [0,.25,.25] and cb.evidence is None
     learn = make()
     model = learn.model
-    with pytest.raises(ValueError, match="rule='evidence' needs one class an item"):
+    with pytest.raises(ValueError, match="rule='evidence' needs one class per item"):
         learn.fit(1, cbs=JoCorCallback(rule='evidence', forget_rate=.25))
     with pytest.raises(ValueError, match='pass forget_rate'): learn.fit(1, cbs=JoCorCallback())
     assert learn.model is model

@@ -197,7 +197,7 @@ def test_several_labels_are_refused():
     x,y = torch.randn(64, 4),torch.randint(0, 2, (64, 3)).float()
     learn = tensors(x, y, nn.Linear(4, 3), loss_func=BCEWithLogitsLossFlat())
     model,before = learn.model,weights(learn.model)
-    with pytest.raises(ValueError, match="plus='votes' needs one class an item"):
+    with pytest.raises(ValueError, match="plus='votes' needs one class per item"):
         learn.fit(1, cbs=JoCorCallback(plus='votes'))
     assert learn.model is model and same(before, weights(model))
 

@@ -24,9 +24,9 @@ def _not_images(about):
 def readable(
     df:pd.DataFrame, # With columns `file` and `label`
     root, # Folder that the files are relative to
-    least:int=10, # Images that are needed
+    least:int=10, # Fewest images
     folder:str|Path|None=None # Keeps what was found of 500 files or more; `None`: look each time
-)->tuple: # The rows of the files that are images; the names of the other files
+)->tuple: # The rows of readable images; the names of the other files
     "Find the files that are images, or raise a `ValueError` if there are too few"
     files = [Path(root)/o for o in df.file]
     if len(files) < 500: bad = {str(o) for o in files if not verify_image(o)}
