@@ -179,12 +179,12 @@ def text_learner(d, y, bs, **kwargs):
 
 WEIGHTS = os.environ.get('FASTAI_JOCOR_WEIGHTS')
 
-def photo_learner(d, y, bs, size=96, **kwargs):
+def photo_learner(d, y, bs, size=96, resize=ResizeMethod.Squish, **kwargs):
     "A pretrained body with a new head"
     n,x,labels = len(y),[*d.x, *d.x_test],np.concatenate([y, d.y_test])
     block = DataBlock((ImageBlock, CategoryBlock(vocab=d.names)), get_items=noop, get_x=lambda i: x[i],
                       get_y=lambda i: d.names[labels[i]], splitter=IndexSplitter(range(n, len(x))),
-                      item_tfms=Resize(size, ResizeMethod.Squish))
+                      item_tfms=Resize(size, resize))
     dls = block.dataloaders(list(range(len(x))), bs=bs, num_workers=0)
     if WEIGHTS: kwargs['pretrained_cfg_overlay'] = dict(file=WEIGHTS)
     return vision_learner(dls, 'tf_efficientnet_lite0', loss_func=kwargs.pop('loss_func', None),
