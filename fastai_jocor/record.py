@@ -21,7 +21,7 @@ def what_is_seen(
     pred:Tensor, # Log of their mean probability, shape (m, C); with several labels per item, its logit
     targ:Tensor # Given labels, shape (m,), or (m, C) of 0 and 1 with several labels per item
 )->dict: # `prob`, `predicted_label`, `as_given`, `agree`, `conf` and `given_label`, each of shape (m,)
-    "What the peers predict for some items, as arguments of `Ledger.update`"
+    "What the peers predict for some items, in the form that the ledger takes"
     if targ.ndim == 2: return _several_labels(logits, pred, targ.bool())
     best,given = logits.max(-1).indices,targ.long()
     conf,vote = pred.max(-1)
