@@ -7,7 +7,7 @@
 FOLDER holds `clothing/{train,test}/<class>`; timm fetches the weights of `tf_efficientnet_lite0` if no file is named.
 A thousand photographs, squeezed to 96 pixels, are trained on, unless arguments say otherwise. Three heads are trained
 on what the frozen body sees, each without a third of the labels, and go back on the body; in the row of 0 epochs with a
-new callback, each without a tenth of them, as is usual. Each other row of results/fine_tune.csv goes on from the former,
+new callback, each without a tenth of them, as is usual. Each other row of results/fine_tune.csv goes on from the first,
 with the body trained too, for `epochs` epochs at one cycle's largest rates `body_lr` and `head_lr`. `callback` is the
 heads' own, which goes on with what it knows of the labels, or a new one. Accuracies are on the test set, of the mean of
 the three and of each alone. The body is trained in bfloat16. `averages` says whether batch normalisation keeps the
@@ -29,8 +29,8 @@ from everyday_data import _some, clothing_photos, given_labels, photo_learner
 
 FILE = Path(__file__).resolve().parent/'results'/'fine_tune.csv'
 Way = namedtuple('Way', 'epochs body_lr head_lr callback averages', defaults=['heads','kept'])
-ways = [Way(0, 0., 0.), Way(0, 0., 0., 'new'), Way(1, 1e-5, 1e-4), Way(1, 1e-5, 1e-4, averages='moved'), Way(1, 1e-4, 1e-4),
-        Way(1, 1e-5, 1e-3, 'new')]
+ways = [Way(0, 0., 0.), Way(0, 0., 0., 'new'), Way(1, 1e-5, 1e-4), Way(1, 1e-5, 1e-4, averages='moved'),
+        Way(1, 1e-4, 1e-4), Way(1, 1e-5, 1e-3, 'new')]
 KEY = [*Way._fields,'seed','items','noise','size','resize']
 
 def accuracies(learn):
