@@ -35,10 +35,9 @@ def default_epochs(
 
 def default_batch(
     n:int # Number of training items
-)->tuple: # Items per batch, and the largest learning rate that goes with it
-    "Batches to train the heads in: from 40,000 items on larger ones, which find as much in half the time"
-    if n >= 40_000: return 512, 6e-3
-    return 64 if n < 5000 else 128, 3e-3
+)->tuple: # Items per batch, `None`: as `feature_dls` chooses; the maximum learning rate that goes with it
+    "Batches to train the heads in: larger ones from 40,000 items on"
+    return (512, 6e-3) if n >= 40_000 else (None, 3e-3)
 
 def _check(learn, k, epochs, lr, kwargs):
     "Refuse what cannot be audited, before anything is computed"
