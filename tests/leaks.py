@@ -65,6 +65,10 @@ class Attributes:
         name = module_of(o)
         return name in sys.modules and name not in self.modules
 
+def flushes_denormal():
+    "Whether this thread takes denormal numbers for 0, which torch can set but not tell"
+    return (torch.tensor(1e-40)*.5).item() == 0
+
 class Process:
     "Random states, folder, environment, device and displays"
     def __init__(self):
@@ -74,6 +78,8 @@ class Process:
         self.dtype,self.device = torch.get_default_dtype(),torch.get_default_device()
         self.deterministic = torch.are_deterministic_algorithms_enabled()
         self.cudnn = torch.backends.cudnn.deterministic,torch.backends.cudnn.benchmark
+        self.matmul = torch.get_float32_matmul_precision()
+        self.flush = flushes_denormal()
         self.distributed = torch.distributed.is_initialized()
         self.rc = dict(matplotlib.rcParams)
         self.display = {o: pd.get_option(o) for o in ('display.max_rows','display.max_columns','display.width',
@@ -94,6 +100,8 @@ class Process:
         if torch.get_default_device() != self.device: torch.set_default_device(self.device)
         torch.use_deterministic_algorithms(self.deterministic)
         torch.backends.cudnn.deterministic,torch.backends.cudnn.benchmark = self.cudnn
+        torch.set_float32_matmul_precision(self.matmul)
+        torch.set_flush_denormal(self.flush)
         if torch.distributed.is_initialized() and not self.distributed: torch.distributed.destroy_process_group()
         plt.close('all')
         changed = {k: v for k,v in self.rc.items() if k != 'backend' and matplotlib.rcParams[k] != v}

@@ -4,7 +4,7 @@ import numpy as np
 import matplotlib.pyplot as plt
 from fastai.vision.all import Learner
 from fastai_jocor import callback, losses
-from leaks import nothing_leaks
+from leaks import flushes_denormal, nothing_leaks
 
 def test_registrations_and_patches_go_back():
     names,fit = dict(losses.contrasts),Learner.fit
@@ -35,10 +35,13 @@ def test_the_state_of_the_process_goes_back(tmp_path):
         random.random(), np.random.rand(), torch.rand(1)
         torch.set_default_dtype(torch.float64)
         torch.set_num_threads(threads+1)
+        torch.set_flush_denormal(True)
+        torch.set_float32_matmul_precision('medium')
         plt.rcParams['figure.dpi'] = 7
         plt.figure()
     assert os.getcwd() == here and sys.path == path and 'MADE_HERE' not in os.environ
     assert torch.get_default_dtype() == torch.float32 and torch.get_num_threads() == threads
+    assert not flushes_denormal() and torch.get_float32_matmul_precision() == 'highest'
     assert plt.rcParams['figure.dpi'] != 7 and not plt.get_fignums()
     python,numpy,own = states
     assert random.getstate() == python and np.random.get_state()[1].tolist() == numpy
