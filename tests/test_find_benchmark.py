@@ -1,5 +1,6 @@
 "The figures of benchmarks/find.py, and a dry run of its ways"
 import json, numpy as np, pandas as pd, pytest, torch
+from functools import partial
 from pathlib import Path
 from fastai.vision.all import resnet18
 from fastcore.test import test_close as close
@@ -106,6 +107,24 @@ def test_the_stages_of_an_audit_are_timed(find, monkeypatch, tmp_path):
     for part in (row['first'],row['again']):
         assert set(part) == {*audit_time.stages,'all'} and min(part.values()) >= 0
     assert row['size'] == 32 and row['items'] == len(list((tmp_path/'digits').rglob('*.png')))
+
+def test_a_small_folder_is_audited_by_the_command(find, monkeypatch, tmp_path):
+    "One in five pictures is moved, and what the command lists is counted by the names of the files"
+    import small_audit
+    torch.save(resnet18(weights=None).state_dict(), tmp_path/'weights.pth')
+    digits = digit_files(tmp_path/'digits', 600)
+    for f in digits.rglob('*.png'): f.rename(f.with_suffix('.jpg'))
+    made = dict(n_classes=3, n=45, rate=.2)
+    folder = small_audit.make_folder(digits, tmp_path/'made', 0, **made)
+    wrong = [f for f in folder.rglob('*.jpg') if small_audit.is_wrong(f)]
+    assert len(list(folder.rglob('*.jpg'))) == 135 and 15 < len(wrong) < 40
+    assert all(f.name.split('_')[0] != f.parent.name for f in wrong)
+    monkeypatch.setattr(small_audit, 'make_folder', partial(small_audit.make_folder, **made))
+    row = small_audit.run(digits, 32, 0, 'resnet18', str(tmp_path/'weights.pth'))
+    assert row['items'] == 135 and row['wrong'] == len(wrong) and 0 <= row['low'] <= row['high'] <= 135
+    assert row['listed'] == 0 or 0 <= row['precision'] <= 1
+    df = pd.DataFrame([dict(row, precision=p, recall=.5) for p in (.6,.8)])
+    close(small_audit.summary(df).loc[32,'precision'], .7)
 
 def test_a_table_without_cleanlab(find):
     "Rows of an audit that cleanlab has no row beside are left out of the comparison"

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from fastai.vision.all import get_image_files, Normalize, resnet18, set_seed
 from fastcore.script import anno_parser
 import fastai_jocor.features as features
-from fastai_jocor.lab import images
+from fastai_jocor.lab import images, review
 from fastai_jocor.files import read_table, write_table
 from fastai_jocor.lab.commands import jocor_audit
 from fastai_jocor.lab.images import audit_learner, readable
@@ -86,6 +86,15 @@ def test_an_audit_refuses_numbers_before_it_trains(name, audited, body, tmp_path
     with pytest.raises(SystemExit, match=f'{name}={bad}'):
         run_audit(audited[0], out=str(tmp_path/'out'), weights=body, **{name: bad})
     assert not (tmp_path/'out').exists()
+
+@pytest.mark.parametrize('kwargs,size', [({}, 224), (dict(fine_tune=1), 128), (dict(no_pretrained=True), 128),
+                                         (dict(size=64), 64)])
+def test_images_are_large_unless_that_is_slow(kwargs, size, wrong_pictures, body, tmp_path, monkeypatch, capsys):
+    def looked(*args): raise ValueError(f'size {args[5]}')
+    monkeypatch.setattr(review, 'audit_learner', looked)
+    with pytest.raises(SystemExit, match=f'size {size}'):
+        run_audit(wrong_pictures[0], out=str(tmp_path/'out'), weights=body, **kwargs)
+    assert f'{size} by {size} pixels' in capsys.readouterr().out
 
 def csv_of_some(root, folder, step=15):
     "A list of some of the pictures, with the names that they began with as true labels"

@@ -199,7 +199,7 @@ def jocor_audit(
     co_lambda:float=None, # Weight of the contrast, in [0, 1]; default: found in training
     forget_rate:float=None, # Share of wrong labels, in [0, 1); default: found in training
     epochs:int=None, # Number of epochs; default: 10 to 30
-    size:int=128, # Side that images are resized to, in pixels
+    size:int=None, # Side that images are resized to, in pixels; default: 224, or 128 where that is slow
     bs:int=64, # Images per batch
     n:int=None, # Most suspects to list; default: all
     least:float=.5, # Smallest probability that the label of a suspect is wrong, in [0, 1]

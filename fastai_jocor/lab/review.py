@@ -14,7 +14,7 @@ from ..losses import check_number
 from ..peers import check_seed
 from ..files import read_table, write_table
 from ..find import audit_labels
-from .images import audit_learner, readable
+from .images import audit_learner, default_size, readable
 from .suspects_page import review_page
 
 # %% ../../nbs/lab/05_review.ipynb #5e71e011
@@ -114,7 +114,7 @@ def audit(
     co_lambda:float|None=None, # Weight of the contrast, in [0, 1]; `None`: found in training
     forget_rate:float|None=None, # Share of wrong labels, in [0, 1); `None`: found in training
     epochs:int|None=None, # Number of epochs; `None`: 10 to 30
-    size:int=128, # Side that images are resized to, in pixels
+    size:int|None=None, # Side that images are resized to, in pixels; `None`: see `default_size`
     bs:int=64, # Images per batch
     n:int|None=None, # Most suspects to list; `None` for all
     least:float=.5, # Smallest probability that the label of a suspect is wrong, in [0, 1]
@@ -123,7 +123,7 @@ def audit(
 )->pd.DataFrame: # The suspects, by position in the list of labels
     "Find the labels of images that look wrong: write suspects.csv, items.csv and suspects.html"
     check_seed(seed)
-    whole = dict(k=(k,2), size=(size,1), bs=(bs,1), n=(ifnone(n, 0),0), epochs=(ifnone(epochs, 1),1),
+    whole = dict(k=(k,2), size=(ifnone(size, 1),1), bs=(bs,1), n=(ifnone(n, 0),0), epochs=(ifnone(epochs, 1),1),
                  fine_tune=(fine_tune,0))
     for name,(v,low) in whole.items():
         check_number(name, v, lambda v: isinstance(v, int) and v >= low, f'be an integer of at least {low}')
@@ -136,7 +136,9 @@ def audit(
     if 'valid' in labels: labels['valid'] = labels.valid.map(_is_valid)
     good,bad = readable(labels, root, folder=out/'features')
     out.mkdir(parents=True, exist_ok=True)
-    print(f'{len(good)} images in {good.label.nunique()} classes; {len(bad)} other files cannot be read', flush=True)
+    size = ifnone(size, default_size(len(good), trains=no_pretrained or fine_tune > 0))
+    print(f'{len(good)} images in {good.label.nunique()} classes, looked at with {size} by {size} pixels; '
+          f'{len(bad)} other files cannot be read', flush=True)
     learn = audit_learner(good, root, arch, weights, not no_pretrained, size, bs, out, seed)
     found = audit_labels(learn, k, epochs, 1e-3 if no_pretrained else None, out/'features', seed,
                          features=not no_pretrained, fine_tune=fine_tune, co_lambda=co_lambda, forget_rate=forget_rate)
