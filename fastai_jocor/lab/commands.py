@@ -175,7 +175,8 @@ def jocor_demo(
     table.to_csv(out/'demo.csv')
     plot_curves(read_results(out)).savefig(out/'demo.png', dpi=110)
     plt.close()
-    print(f"\nPercent, mean ± standard deviation over {seeds} seeds; the last {min(10,epochs)} of {epochs} epochs, "
+    over = 'one seed' if seeds == 1 else f'{seeds} seeds'
+    print(f"\nPercent, mean ± standard deviation over {over}; the last {min(10,epochs)} of {epochs} epochs, "
           f"and the best epoch apart:\n\n{table.to_string()}\n\n"
           f"{time.perf_counter()-start:.0f} s. The picture: {out/'demo.png'}")
 
