@@ -53,13 +53,13 @@ def of_columns(x):
 people = 'worse', 'aggre', 'symmetric 20', 'asymmetric 40', 'random', 'symmetric 50'
 Data = namedtuple('Data', 'source learner matrix bs noises seeds')
 tables = dict(
-    features=Data(features, head_learner, np.asarray, 512, people, 1),
+    features=Data(features, head_learner, np.asarray, 512, people, 3),
     features5k=Data(features5k, head_learner, np.asarray, 128, [*people, 'clean'], 3),
     features10k=Data(features10k, head_learner, np.asarray, 128, people, 3),
     clothing=Data(projected(clothing), head_learner, np.asarray, 64,
                   ['symmetric 30', 'asymmetric 30', 'symmetric 15'], 3),
-    trec=Data(trec, text_learner, of_words, 64, ['symmetric 20'], 2),
-    adult=Data(adult, table_learner, of_columns, 256, ['symmetric 20'], 2),
+    trec=Data(trec, text_learner, of_words, 64, ['symmetric 20'], 3),
+    adult=Data(adult, table_learner, of_columns, 256, ['symmetric 20'], 3),
     digits=Data(pixels, head_learner, np.asarray, 64, ['symmetric 20'], 1))
 
 # The ways: from the data, the given labels and a seed to what is found, by the names of the scores
