@@ -3,6 +3,7 @@ import numpy as np, pandas as pd, torch
 from collections import namedtuple
 from functools import lru_cache
 from fastai.basics import *
+from scipy.sparse import issparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_predict, StratifiedKFold
@@ -138,7 +139,9 @@ def datalab(table, d, y, seed):
     "cleanlab's Datalab, which is given features alone"
     from cleanlab import Datalab
     lab = Datalab(dict(label=y), label_name='label', verbosity=0)
-    lab.find_issues(features=np.asarray(table.matrix(d.x), np.float32), issue_types=dict(label={}))
+    x = table.matrix(d.x)
+    if issparse(x): x = x.toarray() # of words
+    lab.find_issues(features=np.asarray(x, np.float32), issue_types=dict(label={}))
     found = lab.get_issues('label')
     wrong = 1-found.label_score.to_numpy()
     return dict(label_score=Found(wrong, found.is_label_issue.to_numpy(bool), wrong))
