@@ -96,8 +96,8 @@ def test_runs_without_a_schedule():
     assert (teaching.rounding, teaching.first_epoch) == ('official',1)
 
 GRIDS = dict(digits='digits_grid', digits_lambda='digits_lambda',
-    mnist_lambda_tau='mnist_lambda_tau', mnist_protocol='mnist_protocol', mnist_default='mnist_default', plain_sum='plain_sum',
-    prune_mnist='prune')
+    mnist_lambda_tau='mnist_lambda_tau', mnist_protocol='mnist_protocol', mnist_default='mnist_default',
+    plain_sum='plain_sum', prune_mnist='prune')
 
 @pytest.mark.parametrize('grid', GRIDS)
 def test_kept_results_belong_to_the_grids(grid):
