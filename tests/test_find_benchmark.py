@@ -122,7 +122,15 @@ def test_a_small_folder_is_audited_by_the_command(find, monkeypatch, tmp_path):
     monkeypatch.setattr(small_audit, 'make_folder', partial(small_audit.make_folder, **made))
     row = small_audit.run(digits, 32, 0, 'resnet18', str(tmp_path/'weights.pth'))
     assert row['items'] == 135 and row['wrong'] == len(wrong) and 0 <= row['low'] <= row['high'] <= 135
-    assert row['listed'] == 0 or 0 <= row['precision'] <= 1
+    def told(folder, out, *args):
+        files = [f.relative_to(folder).as_posix() for f in sorted(folder.rglob('*.jpg'))]
+        moved = [f for f in files if f.split('/')[0] != f.split('/')[1].split('_')[0]]
+        right = [f for f in files if f not in moved]
+        return 1., 'About 9 of 135 labels are wrong, between 4 and 30.', pd.Series(moved[:6]+right[:2])
+    monkeypatch.setattr(small_audit, 'audit', told)
+    row = small_audit.run(digits, 32, 0, 'resnet18', None)
+    assert (row['precision'],row['listed'],row['low'],row['high']) == (.75,8,4,30)
+    close(row['recall'], 6/len(wrong))
     df = pd.DataFrame([dict(row, precision=p, recall=.5) for p in (.6,.8)])
     close(small_audit.summary(df).loc[32,'precision'], .7)
 
