@@ -61,7 +61,10 @@ def _features(file):
 def features(path, seed): return _features(path/'cifar10_features.npz')
 def features5k(path, seed): return _some(features(path, seed), 5000, seed)
 def features10k(path, seed): return _some(features(path, seed), 10000, seed)
+def features1k(path, seed): return _some(features(path, seed), 1000, seed)
+def features500(path, seed): return _some(features(path, seed), 500, seed)
 def clothing(path, seed): return _features(path/'clothing_features.npz')
+def clothing500(path, seed): return _some(clothing(path, seed), 500, seed)
 
 def adult(path, seed):
     "Adult census income, a table of 32,561 rows; a fifth of them for testing"
@@ -114,8 +117,8 @@ pairs = dict(digits=digit_pairs, scarce=digit_pairs, mnist=digit_pairs, features
              adult={'>50K':'<=50K'},
              clothing={'shirt':'t-shirt', 't-shirt':'longsleeve', 'longsleeve':'shirt'},
              trec={'ENTY':'DESC', 'DESC':'ENTY', 'HUM':'ENTY', 'LOC':'NUM'})
-pairs |= {o: pairs['features'] for o in ('features5k','features10k','features30','cifar')}
-pairs |= dict(clothing_photos=pairs['clothing'])
+pairs |= {o: pairs['features'] for o in ('features500','features1k','features5k','features10k','features30','cifar')}
+pairs |= {o: pairs['clothing'] for o in ('clothing500','clothing_photos')}
 
 def given_labels(d, data, noise, seed):
     "The labels that the learner gets"

@@ -12,7 +12,7 @@ import math, torch
 from torch import Tensor
 from .losses import default_co_lambda
 from .ledger import NoiseEstimate
-from .interval import chance_error, sure_error, wrong_share
+from .interval import chance_error, drop_limit, sure_error, wrong_share
 from .untold import hidden_count, hidden_from, hide, Untold
 
 # %% ../nbs/03e_evidence.ipynb #ba08323c
@@ -103,12 +103,19 @@ class Evidence:
     @property
     def best(self):
         "Figures of the epoch with the largest `out`"
-        return max(self.rows, key=lambda row: row['out'], default=dict(out=0., rate=0., low=0., high=1., sure=1.))
+        return max(self.rows, key=lambda row: row['out'], default=dict(out=0., rate=0., low=0., high=1., sure=1., n=1))
 
     @property
     def U(self):
         "Largest plausible share of wrong labels, in [0, 1]: τ, or the upper end of the interval"
         return self.best['high'] if self.tau is None else self.tau
+
+    @property
+    def limit(self):
+        "Largest share that the brake drops, in [0, U]: τ, or the `drop_limit`"
+        if self.tau is not None: return self.tau
+        best = self.best
+        return drop_limit(best['out'], best['sure'], best['n'], best['rate'], best['high'])
 
     @property
     def threshold(self):
@@ -237,14 +244,14 @@ def close_epoch(
 
 def next_brake(
     e:Evidence # After an epoch
-)->float: # In [0, U]
+)->float: # In [0, `e.limit`]
     "The brake, which rises while the peers memorise"
-    if not e.has('memorising') or len(e.rows) < 2: return min(e.brake, e.U)
+    if not e.has('memorising') or len(e.rows) < 2: return min(e.brake, e.limit)
     now,before = e.rows[-1],e.rows[max(len(e.rows)-3, 0)]
     if e.tau is None and e.best['sure'] <= chance_error(e.best['sure'], e.best['n']): return 0.
     growth = max(0., now['out']-before['out']) if e.has('growth') else 0.
     press = max(0., now['inside']-now['out']-.01-1.5*growth)
-    return min(e.U, e.brake+min(.25, 2*press*now['n']/(now['n']+100)))
+    return min(e.limit, e.brake+min(.25, 2*press*now['n']/(now['n']+100)))
 
 def estimate_from(
     e:Evidence, # After an epoch or more

@@ -18,9 +18,17 @@ class Rule:
         self.rows,self.by_margin,self.by_floor,self.voted_for = [],0,0,0
 
     @property
-    def best(self): return max(self.rows, key=lambda o: o['out'], default=dict(out=0, rate=0, low=0, high=1))
+    def best(self): return max(self.rows, key=lambda o: o['out'], default=dict(out=0, rate=0, low=0, high=1, sure=1, n=1))
     @property
     def U(self): return self.best['high'] if self.tau is None else self.tau
+    @property
+    def limit(self):
+        "The upper end where `sure` is as large as all contradictions; 0.1 below it, the guess less a standard error"
+        if self.tau is not None: return self.tau
+        b = self.best
+        hard = np.clip((1-b['out']-b['sure'])/.1, 0, 1)
+        error = math.sqrt(max(b['sure']*(1-b['sure']), 1/b['n'])/max(b['n']/2, 1))
+        return (1-hard)*b['high']+hard*max(b['rate']-error, 0)
     @property
     def alike(self): return self.rows[-1]['alike'] if self.rows else 0
 
@@ -99,7 +107,7 @@ class Rule:
             now,before = self.rows[-1],self.rows[max(len(self.rows)-3, 0)]
             growth = max(now['out']-before['out'], 0)
             press = max(now['inside']-now['out']-.01-1.5*growth, 0)
-            self.brake = min(self.U, self.brake+min(.25, 2*press*len(hidden)/(len(hidden)+100)))
+            self.brake = min(self.limit, self.brake+min(.25, 2*press*len(hidden)/(len(hidden)+100)))
             sure,n = self.best['sure'],len(hidden)
             if self.tau is None and sure <= 2*math.sqrt(max(sure*(1-sure), 1/n)/max(n/2, 1)): self.brake = 0
         return self.best['low'],self.best['high']

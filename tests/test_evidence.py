@@ -129,7 +129,8 @@ def test_the_least_share_to_drop(rows, tau, without):
         before,e.rows = e.brake,[*e.rows, o]
         e.brake = next_brake(e)
         looks_right = tau is None and e.best['sure'] < 2*(e.best['sure']*(1-e.best['sure'])/max(e.best['n']/2, 1))**.5
-        assert min(before, e.U)*(e.brake > 0) <= e.brake <= e.R <= e.U and e.brake <= before+.25+1e-9
+        assert min(before, e.limit)*(e.brake > 0) <= e.brake <= min(e.R, e.limit) and e.brake <= before+.25+1e-9
+        assert max(e.R, e.limit) <= e.U+1e-9 and (tau is None or e.limit == tau)
         assert len(e.rows) < 2 or not looks_right or e.brake == 0
         assert o['inside'] > o['out']+.01 or e.brake <= before
         assert o['alike'] > .7 or e.R == e.brake

@@ -1,7 +1,7 @@
 "How many labels are wrong: the surest predictions against a loop written out, and what must hold of any interval."
 import numpy as np, pytest
 from hypothesis import given, strategies as st
-from fastai_jocor.interval import sure_error, wrong_share
+from fastai_jocor.interval import drop_limit, sure_error, wrong_share
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40), st.sampled_from((.25,.5,1.)),
        st.integers(0, 99))
@@ -47,3 +47,17 @@ def test_the_truth_is_inside(rate, skill):
         slack = .04 if skill == 2 else .01
         assert low-slack <= rate <= high+slack and abs(guess-rate) < {2: .14, 4: .08, 20: .04}[skill]
         assert high-low < .45
+
+@given(out=part, sure=part, n=st.integers(1, 10**5), alike=part)
+def test_a_brake_stays_inside_the_interval(out, sure, n, alike):
+    rate,low,high = wrong_share(out, sure, n, alike)
+    limit = drop_limit(out, sure, n, rate, high)
+    assert 0 <= limit <= high+1e-9
+    if sure >= 1-out: assert limit == high
+    if sure <= .9-out: assert limit <= rate+1e-9
+
+def test_hard_items_are_dropped_with_caution():
+    "Surer predictions fit 94 of 100 labels: where others fit 76, the limit is below the guess, where they fit 94, above"
+    assert drop_limit(.76, .06, 1500, .03, .16) < .03 and drop_limit(.94, .06, 1500, .06, .1) == pytest.approx(.1)
+    few,many = (drop_limit(.7, .2, n, .2, .4) for n in (100,10000))
+    assert few < many-.03
