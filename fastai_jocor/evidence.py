@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['margin_threshold', 'doubt_of', 'commonness', 'evenness', 'protection', 'keep_by_margin', 'Evidence', 'evidence_state',
            'load_evidence', 'adjusted_margin', 'forget_margins', 'look_at_batch', 'hidden_columns', 'close_epoch',
-           'next_brake', 'estimate_from']
+           'brake_limit', 'next_brake', 'estimate_from']
 
 # %% ../nbs/03e_evidence.ipynb #569a28fe
 import math, torch
@@ -109,13 +109,6 @@ class Evidence:
     def U(self):
         "Largest plausible share of wrong labels, in [0, 1]: τ, or the upper end of the interval"
         return self.best['high'] if self.tau is None else self.tau
-
-    @property
-    def limit(self):
-        "Largest share that the brake drops, in [0, U]: τ, or the `drop_limit`"
-        if self.tau is not None: return self.tau
-        best = self.best
-        return drop_limit(best['out'], best['sure'], best['n'], best['rate'], best['high'])
 
     @property
     def threshold(self):
@@ -242,16 +235,25 @@ def close_epoch(
     e.rows.append(row)
     if not hold: e.brake = next_brake(e)
 
+# %% ../nbs/03e_evidence.ipynb #b7a3e1c9
+def brake_limit(
+    e:Evidence # After an epoch
+)->float: # In [0, U]
+    "Largest share that the brake drops: τ, or the `drop_limit`"
+    if e.tau is not None: return e.tau
+    best = e.best
+    return drop_limit(best['out'], best['sure'], best['n'], best['rate'], best['high'])
+
 def next_brake(
     e:Evidence # After an epoch
-)->float: # In [0, `e.limit`]
+)->float: # In [0, `brake_limit(e)`]
     "The brake, which rises while the peers memorise"
-    if not e.has('memorising') or len(e.rows) < 2: return min(e.brake, e.limit)
+    if not e.has('memorising') or len(e.rows) < 2: return min(e.brake, brake_limit(e))
     now,before = e.rows[-1],e.rows[max(len(e.rows)-3, 0)]
     if e.tau is None and e.best['sure'] <= chance_error(e.best['sure'], e.best['n']): return 0.
     growth = max(0., now['out']-before['out']) if e.has('growth') else 0.
     press = max(0., now['inside']-now['out']-.01-1.5*growth)
-    return min(e.limit, e.brake+min(.25, 2*press*now['n']/(now['n']+100)))
+    return min(brake_limit(e), e.brake+min(.25, 2*press*now['n']/(now['n']+100)))
 
 def estimate_from(
     e:Evidence, # After an epoch or more

@@ -18,7 +18,9 @@ class Rule:
         self.rows,self.by_margin,self.by_floor,self.voted_for = [],0,0,0
 
     @property
-    def best(self): return max(self.rows, key=lambda o: o['out'], default=dict(out=0, rate=0, low=0, high=1, sure=1, n=1))
+    def best(self):
+        none = dict(out=0, rate=0, low=0, high=1, sure=1, n=1)
+        return max(self.rows, key=lambda o: o['out'], default=none)
     @property
     def U(self): return self.best['high'] if self.tau is None else self.tau
     @property
@@ -122,7 +124,7 @@ def wrong(hidden, out, alike):
     error = 2*math.sqrt(max(surest*(1-surest), 1/len(hidden))/max(len(hidden)/2, 1))
     high = min(min(1-out, surest+.25*gap+.03)+error, 1)
     low = np.clip((alike-.5)/.3, 0, 1)*np.clip(surest-.75*gap-error, 0, high)
-    return dict(rate=min(max(surest-.2*gap, low), high), low=low, high=high, sure=surest)
+    return dict(rate=min(max(surest-.2*gap, low), high), low=low, high=high, sure=surest, n=len(hidden))
 
 def cut_of(hidden, sure):
     "The least confidence from which on at least 50 votes are right, 95 in 100 of them, as far as labels can tell"

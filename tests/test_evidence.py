@@ -3,7 +3,7 @@ import copy, math, numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from fastai.vision.all import BCEWithLogitsLossFlat, DataLoader, DataLoaders, Learner, CrossEntropyLossFlat, nn
 from fastai_jocor.all import JoCorCallback, jocor_mlp
-from fastai_jocor.evidence import (close_epoch, Evidence, hidden_columns, hidden_from, hide, keep_by_margin,
+from fastai_jocor.evidence import (brake_limit, close_epoch, Evidence, hidden_columns, hidden_from, hide, keep_by_margin,
     look_at_batch, margin_threshold, next_brake, protection)
 from fastai_jocor.interval import sure_error, wrong_share
 from learners import Record, Step, digits, digits64, mlps64, quiet, same, tensors, weights
@@ -129,8 +129,9 @@ def test_the_least_share_to_drop(rows, tau, without):
         before,e.rows = e.brake,[*e.rows, o]
         e.brake = next_brake(e)
         looks_right = tau is None and e.best['sure'] < 2*(e.best['sure']*(1-e.best['sure'])/max(e.best['n']/2, 1))**.5
-        assert min(before, e.limit)*(e.brake > 0) <= e.brake <= min(e.R, e.limit) and e.brake <= before+.25+1e-9
-        assert max(e.R, e.limit) <= e.U+1e-9 and (tau is None or e.limit == tau)
+        limit = brake_limit(e)
+        assert min(before, limit)*(e.brake > 0) <= e.brake <= min(e.R, limit) and e.brake <= before+.25+1e-9
+        assert max(e.R, limit) <= e.U+1e-9 and (tau is None or limit == tau)
         assert len(e.rows) < 2 or not looks_right or e.brake == 0
         assert o['inside'] > o['out']+.01 or e.brake <= before
         assert o['alike'] > .7 or e.R == e.brake

@@ -57,7 +57,7 @@ def test_a_brake_stays_inside_the_interval(out, sure, n, alike):
     if sure <= .9-out: assert limit <= rate+1e-9
 
 def test_hard_items_are_dropped_with_caution():
-    "Surer predictions fit 94 of 100 labels: where others fit 76, the limit is below the guess, where they fit 94, above"
+    "Surer predictions fit 94 of 100 labels: where others fit 76, the limit is below the guess, else above it"
     assert drop_limit(.76, .06, 1500, .03, .16) < .03 and drop_limit(.94, .06, 1500, .06, .1) == pytest.approx(.1)
     few,many = (drop_limit(.7, .2, n, .2, .4) for n in (100,10000))
     assert few < many-.03
