@@ -3,8 +3,8 @@ import copy, math, numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from fastai.vision.all import BCEWithLogitsLossFlat, DataLoader, DataLoaders, Learner, CrossEntropyLossFlat, nn
 from fastai_jocor.all import JoCorCallback, jocor_mlp
-from fastai_jocor.evidence import (brake_limit, close_epoch, Evidence, hidden_columns, hidden_from, hide, keep_by_margin,
-    look_at_batch, margin_threshold, next_brake, protection)
+from fastai_jocor.evidence import (brake_limit, close_epoch, Evidence, hidden_columns, hidden_from, hide,
+    keep_by_margin, look_at_batch, margin_threshold, next_brake, protection)
 from fastai_jocor.interval import sure_error, wrong_share
 from learners import Record, Step, digits, digits64, mlps64, quiet, same, tensors, weights
 import reference, reference_evidence
