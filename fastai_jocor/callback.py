@@ -204,7 +204,8 @@ def load_state_dict(self:JoCorCallback,
     old = state['evidence']
     if old is None: return
     device = self.selection.device
-    e = Evidence(len(old['hidden']), self.k, old['running'].shape[1], 0, self.weigh.tau, device, self.without)
+    e = Evidence(len(old['hidden']), self.k, old['running'].shape[1], 0, self.weigh.tau, device, self.without,
+                 self.hidden)
     self.evidence = load_evidence(e, old)
 
 @patch

@@ -90,6 +90,7 @@ class Evidence:
         self.margin = torch.full((n,), torch.nan, device=device)
         self.votes = torch.full((n,), -1, device=device) # of a single network, in the epoch before
         self.running = torch.full((3,n_classes), 1/n_classes, device=device) # mean prediction, votes, labels
+        self.judges = share is not None and share*k > .99 # whether every label is hidden from a peer
         self.brake = 0.
         self.rows = [] # what each epoch has shown
 
@@ -239,8 +240,8 @@ def close_epoch(
 def brake_limit(
     e:Evidence # After an epoch
 )->float: # In [0, U]
-    "Largest share that the brake drops: τ, or the `drop_limit`"
-    if e.tau is not None: return e.tau
+    "Largest share that the brake drops: τ, the `drop_limit`, or U in an audit"
+    if e.tau is not None or e.judges: return e.U
     best = e.best
     return drop_limit(best['out'], best['sure'], best['n'], best['rate'], best['high'])
 

@@ -270,3 +270,14 @@ def test_autocast_leaves_the_evidence_exact():
         with torch.autocast('cpu', dtype=torch.bfloat16, enabled=half): look_at_batch(e, log_p, targ, torch.arange(128))
         return e.running
     assert torch.equal(running(True), running(False))
+
+@pytest.mark.parametrize('share,judges', [(None,False), (.1,False), (0.,False), (1/3,True)])
+def test_the_limit_of_the_brake(share, judges):
+    "Hard items are dropped with caution, unless every label is hidden from a peer, as in an audit"
+    e = Evidence(300, 3, 10, share=share)
+    e.rows = 3*[dict(out=.6, inside=1., against=0., alike=.9, rate=.2, low=.1, high=.4, sure=.22, n=90)]
+    assert brake_limit(e) == (.4 if judges else pytest.approx(.2-(.22*.78/45)**.5))
+    for _ in range(9): e.brake = next_brake(e)
+    assert e.brake == brake_limit(e)
+    again = Evidence(300, 3, 10, share=share, tau=.3)
+    assert brake_limit(again) == .3
