@@ -53,10 +53,10 @@ def drop_limit(
     rate:float, # Best guess, from `wrong_share`
     high:float # Upper end of its interval
 )->float: # In [0, high]
-    "The largest share that a brake may drop: `high` on easy items, a cautious guess on hard ones"
-    hard = min(max(1-out-sure, 0.)/.1, 1.)
+    "The largest share that a brake may drop: `high`, or a cautious guess if few labels of hard items are known"
+    hard,few = min(max(1-out-sure, 0.)/.1, 1.),max(1-n/1000, 0.)
     cautious = max(rate-chance_error(sure, n)/2, 0.)
-    return high+hard*(cautious-high)
+    return high+hard*few*(cautious-high)
 
 # %% ../nbs/02b_interval.ipynb #a21e53f7
 def beats_constant(

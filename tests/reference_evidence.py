@@ -25,10 +25,10 @@ class Rule:
     def U(self): return self.best['high'] if self.tau is None else self.tau
     @property
     def limit(self):
-        "The upper end where `sure` is as large as all contradictions; 0.1 below it, the guess less a standard error"
+        "The upper end; nearer to the guess less a standard error, the fewer labels, and the better surer votes fit"
         if self.tau is not None: return self.tau
         b = self.best
-        hard = np.clip((1-b['out']-b['sure'])/.1, 0, 1)
+        hard = np.clip((1-b['out']-b['sure'])/.1, 0, 1)*max(1-b['n']/1000, 0)
         error = math.sqrt(max(b['sure']*(1-b['sure']), 1/b['n'])/max(b['n']/2, 1))
         return (1-hard)*b['high']+hard*max(b['rate']-error, 0)
     @property
