@@ -5,10 +5,11 @@ from functools import lru_cache
 from fastai.tabular.all import *
 from fastai.text.all import TextBlock, pad_input
 from fastai.vision.all import CategoryBlock, ChannelsLast, ColReader, ColSplitter, DataBlock, ImageBlock
-from fastai.vision.all import get_image_files, IndexSplitter, Resize, ResizeMethod, vision_learner
+from fastai.vision.all import get_image_files, IndexSplitter, PILImage, Resize, ResizeMethod, vision_learner
 from torch.utils.data import TensorDataset
 from fastai_jocor.all import Asymmetric, AutocastBF16, cifar10_dls, InMemoryDataLoaders, InstanceDependent, Symmetric
 from fastai_jocor.all import jocor_cnn, jocor_mlp, mnist_dls
+from fastai_jocor.human import read_label_file
 
 # The data: arrays of inputs and true labels; `human` holds label sets that people gave to the training items
 Source = namedtuple('Source', 'x y x_test y_test names human')
@@ -88,9 +89,10 @@ def trec(path, seed):
 @lru_cache(1)
 def _photographs(path):
     dls = cifar10_dls(path, progress=False)
-    human,y = {},np.load(path/'cifar10_features.npz')
-    for name in ('aggre','worse'):
-        human[name] = np.concatenate([y[f'{name}_label'][y['y_train'] == c] for c in range(10)]).astype(np.int64)
+    human,labels = {},read_label_file(path/'CIFAR-10_human.pt')
+    for name in ('aggre','worse'): # class by class, as the images are
+        given,true = labels[f'{name}_label'],labels['clean_label']
+        human[name] = np.concatenate([given[true == c] for c in range(10)]).astype(np.int64)
     sets = [(dl.store.images[dl.pos].numpy(), dl.store.targets[dl.pos].numpy()) for dl in (dls.train, dls.valid)]
     return Source(*sets[0], *sets[1], list(dls.vocab), human)
 
@@ -146,11 +148,18 @@ class MeanOfWords(nn.Module):
         known = (x != 1).unsqueeze(-1).float()
         return self.head((self.words(x)*known).sum(1)/known.sum(1))
 
+def fused_adam(params, **kwargs):
+    "fastai's Adam, with its own numbers, as torch computes it in one go: for large networks"
+    adam = partial(torch.optim.AdamW, betas=(.9,.99), eps=1e-5, weight_decay=.01, fused=True)
+    return OptimWrapper(params, opt=adam, **kwargs)
+
 def image_learner(d, y, bs, **kwargs):
     n = len(y)
     x,labels = np.concatenate([d.x, d.x_test]),np.concatenate([y, d.y_test])
     dls = InMemoryDataLoaders.from_arrays(x, labels, d.names, train=np.arange(n), valid=np.arange(n, len(x)), bs=bs)
-    if x.ndim == 4: return Learner(dls, jocor_cnn(len(d.names)), cbs=[ChannelsLast(), AutocastBF16()], **kwargs)
+    if x.ndim == 4:
+        cbs = [ChannelsLast(), AutocastBF16()]
+        return Learner(dls, jocor_cnn(len(d.names)), opt_func=fused_adam, cbs=cbs, **kwargs)
     return Learner(dls, jocor_mlp(len(d.names), x[0].size), **kwargs)
 
 def feature_learner(d, y, bs, **kwargs):
@@ -182,10 +191,17 @@ def text_learner(d, y, bs, **kwargs):
 
 WEIGHTS = os.environ.get('FASTAI_JOCOR_WEIGHTS')
 
+@lru_cache(None)
+def _squished(file, size):
+    "A photograph as `Resize` would squeeze it, read once"
+    return Resize(size, ResizeMethod.Squish).encodes(PILImage.create(file))
+
 def photo_learner(d, y, bs, size=96, resize=ResizeMethod.Squish, **kwargs):
     "A pretrained body with a new head"
     n,x,labels = len(y),[*d.x, *d.x_test],np.concatenate([y, d.y_test])
-    block = DataBlock((ImageBlock, CategoryBlock(vocab=d.names)), get_items=noop, get_x=lambda i: x[i],
+    def picture(i):
+        return _squished(x[i], size) if isinstance(x[i], str) and resize == ResizeMethod.Squish else x[i]
+    block = DataBlock((ImageBlock, CategoryBlock(vocab=d.names)), get_items=noop, get_x=picture,
                       get_y=lambda i: d.names[labels[i]], splitter=IndexSplitter(range(n, len(x))),
                       item_tfms=Resize(size, resize))
     dls = block.dataloaders(list(range(len(x))), bs=bs, num_workers=0)

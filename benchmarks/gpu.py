@@ -1,6 +1,7 @@
 """What is to be measured on a GPU, for a machine that is at hand for some minutes: one call, which ends by itself.
 
     python benchmarks/gpu.py pack --path DATA    # where there is a network: wheels and data into .gpu, below 64 MiB
+    python benchmarks/gpu.py pack --path DATA --data clothing_small.tgz,tf_efficientnet_lite0.pth     # other data
     python benchmarks/gpu.py check step loader --path .gpu --limit 300
     python benchmarks/gpu.py protocol --path .gpu --limit 570     # goes on where the last call stopped
     python benchmarks/gpu.py --device cpu --tiny --out /tmp/gpu   # a dry run of everything
@@ -17,6 +18,7 @@ Parts, most valuable first; without a name all of them run, and each has its sha
     protocol  CIFAR-10 by the papers' protocol, 200 epochs, in bfloat16, as many runs side by side as --procs says
     mnist     MNIST likewise, all methods, five seeds
     loader    images a second from the loader in memory
+    everyday  the slow part of everyday.py: photographs, and CIFAR-10 from scratch
 
 Each part is a process of its own. What it finds is printed, and is appended at once, with the machine's name, to
 lines.jsonl in the folder --out; runs are kept there as `jocor_bench` keeps them, for `jocor_report FOLDER/protocol`.
@@ -28,8 +30,9 @@ from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PARTS = dict(check='gpu_check', step='gpu_step', protocol='gpu_protocol', mnist='gpu_protocol', loader='gpu_step')
-SHARES = dict(check=5, step=5, protocol=8, mnist=3, loader=1)
+PARTS = dict(check='gpu_check', step='gpu_step', everyday='gpu_everyday', protocol='gpu_protocol',
+             mnist='gpu_protocol', loader='gpu_step')
+SHARES = dict(check=5, step=5, everyday=8, protocol=8, mnist=3, loader=1)
 
 def parser():
     p = argparse.ArgumentParser(description='Measure on a GPU, within a time limit')
@@ -42,6 +45,7 @@ def parser():
     p.add_argument('--procs', type=int, default=4, help='runs side by side; 0 trains in the process itself')
     p.add_argument('--home', type=Path, help='pack what is to be brought home into this folder')
     p.add_argument('--dry', action='store_true', help='pack: only say what would be packed')
+    p.add_argument('--data', default='cifar10.tgz,CIFAR-10_human.pt,MNIST/raw', help='pack: which data')
     p.add_argument('--one', help=argparse.SUPPRESS)
     p.add_argument('--until', type=float, help=argparse.SUPPRESS)
     return p
@@ -146,7 +150,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     for o in ('out','path','home'): setattr(args, o, getattr(args, o) and getattr(args, o).resolve())
     if args.one: return run_here(args)
-    if args.parts == ['pack']: return importlib.import_module('gpu_pack').pack(args.path, dry=args.dry)
+    if args.parts == ['pack']: return importlib.import_module('gpu_pack').pack(args.path, args.data.split(','), dry=args.dry)
     unknown = [o for o in args.parts if o not in PARTS]
     if unknown: p.error(f"part {unknown[0]!r} is unknown: choose from {', '.join(PARTS)}, or pack alone")
     if args.limit < 1: p.error(f'--limit={args.limit:g} must be at least 1: seconds in all')

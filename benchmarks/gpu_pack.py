@@ -1,7 +1,7 @@
 """`python benchmarks/gpu.py pack --path DATA`: what has to travel to a GPU machine without a network, in .gpu.
 
 DATA holds cifar10.tgz (the images in folders), CIFAR-10_human.pt, and MNIST/raw in torchvision's layout; what is
-missing is left out, and said. The wheels are those of WHEELS, for Python 3.12 on 64-bit Linux. That nothing else is
+missing is left out, and said. `--data` names others, such as clothing_small.tgz and tf_efficientnet_lite0.pth. The wheels are those of WHEELS, for Python 3.12 on 64-bit Linux. That nothing else is
 missing is checked by their metadata, and by importing the library in a process that refuses any other package.
 """
 import os, re, shutil, subprocess, sys, tarfile, tempfile, zipfile
@@ -49,7 +49,8 @@ class Refuse:
         if own and not allowed & set(own): raise ModuleNotFoundError(f'{name} is not there', name=name)
 sys.meta_path.insert(0, Refuse())
 import fastai.vision.all, fastai.text.all, fastai.tabular.all, fastai.distributed, pytest, hypothesis
-import fastai_jocor.all, fastai_jocor.lab.report, fastai_jocor.lab.grid, gpu_check, gpu_step, gpu_protocol
+import fastai_jocor.all, fastai_jocor.lab.report, fastai_jocor.lab.grid
+import gpu_check, gpu_everyday, gpu_protocol, gpu_step, everyday
 '''
 
 def imports(wheels):
@@ -67,30 +68,28 @@ def download(box):
                '--platform','manylinux_2_28_x86_64','--platform','manylinux2014_x86_64']
     subprocess.run([sys.executable, '-m', 'pip', 'download', '-q', *options, '-d', str(box), *WHEELS], check=True)
 
-def take_data(path, box):
+def take_data(path, names, box):
     "Copy the data; gives the names of what is not there"
-    left_out = []
-    for name in ('cifar10.tgz','CIFAR-10_human.pt'):
-        if (path/name).exists(): shutil.copyfile(path/name, box/name)
-        else: left_out.append(name)
-    if not (path/'MNIST'/'raw').is_dir(): return [*left_out, 'MNIST/raw']
-    with tarfile.open(box/'mnist.tgz', 'w:gz') as tar:
-        for o in sorted((path/'MNIST'/'raw').glob('*-ubyte')): tar.add(o, f'MNIST/raw/{o.name}')
-    return left_out
+    for name in names:
+        if (path/name).is_file(): shutil.copyfile(path/name, box/name)
+        if (path/name).is_dir() and name == 'MNIST/raw':
+            with tarfile.open(box/'mnist.tgz', 'w:gz') as tar:
+                for o in sorted((path/name).glob('*-ubyte')): tar.add(o, f'{name}/{o.name}')
+    return [name for name in names if not (path/name).exists()]
 
-def plan(path):
+def plan(path, names):
     "What would be packed"
-    data = [path/'cifar10.tgz', path/'CIFAR-10_human.pt', *sorted((path/'MNIST'/'raw').glob('*-ubyte'))]
+    data = [path/name for name in names]
     return [*(f'wheel {o}' for o in WHEELS), *(f"data {o}{'' if o.exists() else ' (missing)'}" for o in data)]
 
-def pack(path, dry=False, box=BOX):
+def pack(path, names, dry=False, box=BOX):
     "Make the folder that travels, and say how large it is"
-    if dry: return print('\n'.join(plan(path)))
+    if dry: return print('\n'.join(plan(path, names)))
     if path == box: sys.exit(f'--path={str(path)!r} must be the folder of the data, not the one that travels')
     shutil.rmtree(box, ignore_errors=True)
     box.mkdir()
     download(box)
-    left_out = take_data(path, box)
+    left_out = take_data(path, names, box)
     wheels = sorted(box.glob('*.whl'))
     for what in missing(wheels): print(f'missing: {what}')
     error = imports(wheels)

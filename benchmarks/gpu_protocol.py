@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from fastai.vision.all import Callback, default_device
 from fastai_jocor.all import Checkpoint
+from fastai_jocor.graphs import Graphs
 from fastai_jocor.lab import datasets
 from fastai_jocor.lab.config import RunConfig
 from fastai_jocor.lab.results import finished, pack, run_dir
@@ -33,7 +34,7 @@ class Until(Callback):
 
 def unpack(path):
     "Take out the data that were packed"
-    for name,there in {'cifar10.tgz': 'cifar10', 'mnist.tgz': 'MNIST'}.items():
+    for name,there in {'cifar10.tgz': 'cifar10', 'mnist.tgz': 'MNIST', 'clothing_small.tgz': 'clothing'}.items():
         if not (path/name).exists() or (path/there).exists(): continue
         with tarfile.open(path/name) as tar: tar.extractall(path, filter='data')
 
@@ -54,6 +55,13 @@ def _from_file(file, read, root, classes, progress):
 
 # --- a run
 
+class WithGraphs(RunConfig):
+    "A run whose peers' passes are replayed as CUDA graphs"
+    def callback(self):
+        cb = super().callback()
+        if hasattr(cb, 'parts'): cb.parts.append(Graphs(cb))
+        return cb
+
 def begin(path, device):
     "What a process does before its first run"
     default_device(device == 'cuda')
@@ -67,6 +75,7 @@ def train(folder, path, until, cfg):
     "Do a run, or a part of it; gives its result, what went wrong, or `None`"
     if time.time() > until: return None
     d = run_dir(folder, cfg)
+    if default_device().type == 'cuda': cfg = WithGraphs(**vars(cfg))
     try: return run(cfg, d, path, verbose=False, extras=False, resume=True, cbs=[Until(until), DeviceLoss()])[2]
     except TimeUp: return None
     except Exception as e: return f'{type(e).__name__}: {e}'[:300]

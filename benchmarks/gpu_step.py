@@ -7,7 +7,8 @@ The peers are trained by the published rule on made-up images that lie on the de
     bfloat16  the same, with autocast and channels-last
     no_wait   the same, and fastai's recorder does not read the loss in each step
     evidence  the same, by the default rule
-    graphed   as `no_wait`, the forward and backward pass of each peer replayed as a CUDA graph
+    graphs    the same, with `graphs=True`: the peers' passes are replayed as CUDA graphs, side by side
+    in_turn   as `no_wait`, with a graph for each peer, one after the other
 
 and, for two peers, by `usual`: the official step, which sorts the losses of each batch on the CPU. The floor of a step
 is the larger of two times: its multiplications and additions at the rate of a large matrix product, and its bytes at
@@ -20,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18
 from fastai.callback.channelslast import ChannelsLast
 from fastai.vision.all import Adam, AvgSmoothLoss, Callback, default_device, nn
-from fastai_jocor.all import JoCorCallback, jocor_cnn
+from fastai_jocor.all import JoCorCallback, jocor_cnn, jocor_mlp
 from fastai_jocor.lab.run import fast_adam
 from fastai_jocor.lab.store import CropFlip
 from fastai_jocor.step import AutocastBF16
@@ -50,22 +51,25 @@ def wait(device):
     if device == 'cuda': torch.cuda.synchronize()
 
 class DeviceClock(Clock):
-    "Seconds of the training part of an epoch, until the device has done it"
+    "Seconds of the training part of each epoch, until the device has done it"
+    def before_fit(self): self.times = []
     def before_train(self):
         wait(self.dls.device.type)
         super().before_train()
     def after_train(self):
         wait(self.dls.device.type)
         super().after_train()
+        self.times.append(self.seconds)
 
 # --- ways to train
 
 def ways(device):
-    "From a name to the optimizer, the callbacks, arguments of `JoCorCallback`, and whether graphs are captured"
+    "From a name to the optimizer, the callbacks, arguments of `JoCorCallback`, and whether graphs are captured here"
     rule = dict(rule='schedule', forget_rate=.5, num_gradual=0)
     def half(): return [ChannelsLast(), AutocastBF16()]
     def quick(): return [*half(), DeviceLoss()]
-    graphed = dict(graphed=(fast_adam, quick, rule, True)) if device == 'cuda' else {}
+    graphed = dict(graphs=(fast_adam, quick, dict(graphs=True), False), in_turn=(fast_adam, quick, rule, True))
+    if device == 'cpu': graphed = {}
     return dict(adam=(Adam, list, rule, False), fused=(fast_adam, list, rule, False),
                 bfloat16=(fast_adam, half, rule, False), no_wait=(fast_adam, quick, rule, False),
                 evidence=(fast_adam, quick, {}, False)) | graphed
@@ -77,17 +81,17 @@ def capture(learn, x):
         torch.cuda.make_graphed_callables(nets, tuple((x.clone(),) for _ in nets))
 
 def epoch_of(dls, make, k, way):
-    "A function that trains an epoch and gives its seconds"
+    "A function that trains for some epochs and gives the seconds of each"
     opt_func,cbs,kwargs,graphed = way
     learn,clock = learner(dls, make(), opt_func, cbs()),DeviceClock()
     if graphed:
         learn.to_peers(k)
         capture(learn, dls.train.one_batch()[0].as_subclass(torch.Tensor))
     cb = JoCorCallback(k=k, **kwargs)
-    def epoch():
-        learn.fit(1, 1e-3, cbs=[cb,clock])
-        return clock.seconds
-    return epoch
+    def epochs(n):
+        learn.fit(n, 1e-3, cbs=[cb,clock])
+        return clock.times
+    return epochs
 
 def usual_of(dls, make, device):
     "The same for two networks by the official code"
@@ -100,12 +104,11 @@ def usual_of(dls, make, device):
         usual_epoch(nets, opt, batches(), .5)
         wait(device)
         return time.perf_counter()-start
-    return epoch
+    return lambda n: [epoch() for _ in range(n)]
 
-def milliseconds(epoch, steps, rounds):
+def milliseconds(epochs, steps, rounds):
     "Median over some epochs of the time of a step, after one to warm up"
-    epoch()
-    times = sorted(epoch()/steps*1e3 for _ in range(rounds))
+    times = sorted(o/steps*1e3 for o in epochs(rounds+1)[1:])
     return dict(ms=round(statistics.median(times), 3), lowest=round(times[0], 3), highest=round(times[-1], 3))
 
 # --- what the hardware allows
@@ -147,8 +150,8 @@ def floor(need, k, rate, dtype):
     times = dict(arithmetic_ms=arithmetic, memory_ms=memory, floor_ms=max(arithmetic, memory))
     return {name: round(t, 3) for name,t in times.items()}
 
-def with_floor(epoch, steps, rounds, least):
-    found = milliseconds(epoch(), steps, rounds)
+def with_floor(make, steps, rounds, least):
+    found = milliseconds(make(), steps, rounds)
     return found | least | dict(of_the_floor=round(least['floor_ms']/found['ms'], 3))
 
 # --- the parts
@@ -157,6 +160,7 @@ def cases(tiny):
     "From a name to the network, the shape of an image, the batch size and the steps of an epoch"
     if tiny: return {'7-layer network': (jocor_cnn, (16,16,3), 8, 2)}
     return {'7-layer network': (jocor_cnn, (32,32,3), 128, 50),
+            'perceptron': (partial(jocor_mlp, 10, 784), (28,28,1), 128, 100),
             'resnet18': (partial(resnet18, num_classes=10), (224,224,3), 64, 10)}
 
 def step(args, note):
@@ -170,12 +174,12 @@ def step(args, note):
         jobs = [('usual', 2, partial(usual_of, dls, make, args.device))]
         for k in (1,2) if args.tiny else (2,3,1,5):
             jobs += [(way, k, partial(epoch_of, dls, make, k, how)) for way,how in ways(args.device).items()]
-        for way,k,epoch in jobs:
+        for way,k,make_epochs in jobs:
             what = f'{name} k={k} {way}'
             dtype = 'float32' if way in ('usual','adam','fused') else 'bfloat16'
             if time.time() > args.until: note(what, error='no time was left')
-            else: attempt(note, what, with_floor, epoch, steps, rounds, floor(need, k, rate, dtype))
-    if args.device == 'cpu': note('graphed', skipped='a CPU has no graphs to capture')
+            else: attempt(note, what, with_floor, make_epochs, steps, rounds, floor(need, k, rate, dtype))
+    if args.device == 'cpu': note('graphs', skipped='a CPU has no graphs to capture')
 
 def loader(args, note):
     "Whole passes over 50,000 images of 32×32 pixels, without and with crops and flips on the device"

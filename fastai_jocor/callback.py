@@ -46,7 +46,7 @@ class JoCorCallback(PeersCallback):
         hidden:float|None=None, # Share of labels hidden from each peer, in [0, 1/k]; `None`: 0.1, or 1/k if less
         plus:Literal['votes']|None=None, # `votes`: train on sure common votes too, above all of rejected items
         without:tuple=(), # For research: names of `Evidence.parts` to switch off
-        **kwargs # `models`, `init`, `seed`, `restart`, `select`, `rounding`, `first_epoch`: see `PeersCallback`
+        **kwargs # `models`, `init`, `seed`, `restart`, `select`, `rounding`, `first_epoch`, `graphs`: see `PeersCallback`
     ):
         super().__init__(k, forget_rate, num_gradual, exponent, **kwargs)
         check_choice('prune', prune, (None,'exact','approx'))
@@ -65,6 +65,9 @@ class JoCorCallback(PeersCallback):
         self.by_evidence,self.plus = self.rule != 'schedule',self._check_plus(plus)
         self.weigh = Weigh(self)
         self.parts.append(self.weigh)
+        if prune and kwargs.get('graphs'):
+            raise ValueError(f"prune={prune!r} changes the shape of batches, and graphs=True needs one shape: "
+                             "leave one of them out")
         if prune: self.parts.append(Prune(self))
 
     def batch_loss(self, logits, targ, R):

@@ -60,10 +60,12 @@ class Peers(nn.Module):
 
     multi_label = False # Whether an item may have several labels; sigmoids are averaged then
     guarded = False # Whether training is refused, because no callback takes stacked logits
+    graph = None # What does the peers' forward passes in training, if not they themselves; see `Graphs`
 
     def forward(self, *x, **kwargs):
         if self.training and self.guarded: raise RuntimeError(_guard_msg(self.k))
-        outs = [m(*x, **kwargs) for m in self.peers]
+        replayed = self.training and self.graph is not None
+        outs = self.graph(*x) if replayed else [m(*x, **kwargs) for m in self.peers]
         if isinstance(outs[0], Tensor): return self._answer(torch.stack(outs))
         return (self._answer(torch.stack([o[0] for o in outs])), *_merge([tuple(o[1:]) for o in outs]))
 

@@ -19,6 +19,7 @@ from .processes import own_part, union
 from .batch import check_batch, is_validating, Selection
 from .step import BatchItems, LeaveNothing, NonFinite, QuickEvents, SmallLoss
 from .record import Estimate, LostClasses, Record
+from .graphs import Graphs
 from .state import FitState, ForgetRate
 from .start import look_at_data, MakePeers, refuse_others, UndoPeers
 
@@ -65,6 +66,7 @@ class PeersCallback(FitState, Callback):
         select:Literal['global','local']='global', # Select from all processes' batches together, or each
         rounding:Literal['carried','official']='carried', # Carry the fraction of `R*n` over, or drop it
         first_epoch:int=0, # Epoch of the schedule at which training starts; 1 in the official code
+        graphs:bool=False, # On a GPU: replay the peers' passes as CUDA graphs, which small networks gain from
         **unknown # Anything else is refused
     ):
         refuse_unknown(type(self), unknown)
@@ -74,6 +76,7 @@ class PeersCallback(FitState, Callback):
         check_choice('init', init, (None,'all','head'))
         check_choice('select', select, ('global','local'))
         check_choice('rounding', rounding, ('carried','official'))
+        check_choice('graphs', graphs, (False,True))
         check_number('first_epoch', first_epoch, lambda v: v >= 0, 'be at least 0: an epoch of the schedule')
         forget_schedule(0., 1, num_gradual, exponent)
         self.k,self.models,self.init,self.seed = k,models,init,seed
@@ -84,6 +87,7 @@ class PeersCallback(FitState, Callback):
         self.parts = [QuickEvents(self), LeaveNothing(self), MakePeers(self), ForgetRate(self), BatchItems(self),
                       NonFinite(self), self.small_loss, self.record, Estimate(self), LostClasses(self),
                       UndoPeers(self)]
+        if graphs: self.parts.append(Graphs(self))
         self.start_anew()
 
     @property

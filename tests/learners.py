@@ -62,7 +62,7 @@ class Step(Callback):
     def __init__(self, f): self.f = f
     def after_loss(self): self.f(self.learn)
 
-def weights(model): return [p.detach().clone() for p in model.parameters()]
+def weights(model): return [p.detach().clone().cpu() for p in model.parameters()]
 def same(a, b): return len(a) == len(b) and all(torch.equal(p, q) for p,q in zip(a, b))
 def finite(model):
     floats = [o for o in (*model.parameters(), *model.buffers()) if o.is_floating_point()]

@@ -46,7 +46,8 @@ def guard_steps(monkeypatch, guard, first=0):
     monkeypatch.setattr(SmallLoss, 'loss', guarded_loss)
 
 def as_on_a_gpu(monkeypatch, seen):
-    "What a callback does on a GPU, on a CPU"
+    "What a callback does on a GPU, on a CPU; a GPU has tests of its own, by `set_sync_debug_mode`"
+    if torch.cuda.is_available(): pytest.skip('acts on a CPU as on a GPU')
     monkeypatch.setattr(Selection, 'reads_are_free', False)
     monkeypatch.setattr(batch, '_on_cpu', lambda t: False)
     guard_steps(monkeypatch, lambda: no_reads(seen))

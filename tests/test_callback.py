@@ -125,14 +125,14 @@ def mean_probability(learn):
 
 def test_predictions_are_the_mean_probability(trained):
     assert not any(isinstance(c, PeersCallback) for c in trained.cbs) and len(trained.cbs) == 3
-    want,(preds,targs) = mean_probability(trained),trained.get_preds()
+    want,(preds,targs) = mean_probability(trained).cpu(),trained.get_preds()
     torch.testing.assert_close(plain(preds), want, atol=1e-5, rtol=1e-5)
     loss,acc = trained.validate()
     targs = plain(targs)
     assert acc == pytest.approx((want.argmax(-1) == targs).float().mean().item())
     assert loss == pytest.approx(F.nll_loss(want.log(), targs).item(), rel=1e-4)
     item = trained.dls.valid_ds[5][0]
-    torch.testing.assert_close(trained.predict(item)[2], want[5], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(trained.predict(item)[2].cpu(), want[5], atol=1e-5, rtol=1e-5)
     trained.show_results(max_n=4)
 
 def test_save_and_load(trained):

@@ -12,7 +12,7 @@ from learners import digits
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/'benchmarks'))
-import gpu, gpu_check, gpu_pack, gpu_protocol, gpu_step
+import gpu, gpu_check, gpu_everyday, gpu_pack, gpu_protocol, gpu_step
 
 def arguments(out, *more, until=300):
     return gpu.parser().parse_args(['--device=cpu','--tiny','--procs=0',f'--out={out}',f'--path={out/"none"}',
@@ -34,7 +34,7 @@ def test_check(tmp_path, monkeypatch):
     assert found['tests']['passed'] == 1 == found['tests']['failed'] and found['tests']['exit'] == 1
     assert found['test']['name'] == 'tests/test_some.py::test_bad' and '1 == 2' in found['test']['why']
     assert found['evidence: does a step wait']['skipped'] == 'nothing waits for a CPU'
-    assert found['schedule: as on a CPU, float32']['difference'] == 0
+    assert found['schedule: as on a CPU']['difference'] == 0
     assert not [o for o in found.values() if 'error' in o]
 
 def test_a_difference_is_seen(tmp_path, monkeypatch):
@@ -43,7 +43,7 @@ def test_a_difference_is_seen(tmp_path, monkeypatch):
         seen.append(device)
         return whole(device, **(kwargs | dict(forget_rate=.1*len(seen))))
     monkeypatch.setattr(gpu_check, 'learner', other)
-    assert not gpu_check.differs(arguments(tmp_path), 'schedule', torch.float32, 1e-4)['equal']
+    assert not gpu_check.differs(arguments(tmp_path), 'schedule', 1e-4)['equal']
 
 def test_step(tmp_path):
     found = part('step', tmp_path)
@@ -51,7 +51,7 @@ def test_step(tmp_path):
     assert {f'7-layer network k={k} {way}' for k in (1,2) for way in gpu_step.ways('cpu')} < set(found)
     of = found['7-layer network k=2 usual']
     assert of['ms'] > 0 and of['floor_ms'] == max(of['arithmetic_ms'], of['memory_ms'])
-    assert 'graphs' in found['graphed']['skipped'] and 'graphed' in gpu_step.ways('cuda')
+    assert 'graphs' in found['graphs']['skipped'] and {'graphs','in_turn'} < set(gpu_step.ways('cuda'))
 
 def test_what_a_step_needs():
     need = gpu_step.needs(lambda: torch.nn.Sequential(torch.nn.Linear(10, 20), torch.nn.ReLU()), (8,10))
@@ -103,6 +103,24 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
     stored = datasets.cifar10_dls(tmp_path, progress=False)
     for a,b in zip(plain.loaders, stored.loaders, strict=True):
         assert torch.equal(a.store.images, b.store.images) and (a.labels == b.labels).all() and a.vocab == b.vocab
+
+def test_everyday(tmp_path):
+    found = part('everyday', tmp_path)
+    assert {o.split()[4] for o in found} == {'plain','jocor3'} and not [o for o in found.values() if 'error' in o]
+    rows = pd.read_csv(tmp_path/'everyday.csv')
+    assert rows.method.tolist() == ['plain','jocor3'] and (rows.accuracy > .3).all()
+    part('everyday', tmp_path)
+    assert len(pd.read_csv(tmp_path/'everyday.csv')) == 2
+
+def test_rows_of_data_that_are_there(tmp_path):
+    from everyday import Cell, cells
+    args = arguments(tmp_path/'out', f'--path={tmp_path}')
+    args.tiny = False
+    assert not gpu_everyday.keys(args, cells, Cell)
+    (tmp_path/'clothing').mkdir()
+    keys = gpu_everyday.keys(args, cells, Cell)
+    assert len(keys) == 3*3*4 and {c.data for c,_,_ in keys} == {'clothing_photos'}
+    assert {o[1] for o in keys[:18]} == {'plain','jocor3'}
 
 def test_loader(tmp_path):
     assert all(o['images_a_second'] > 0 for o in part('loader', tmp_path).values())
@@ -161,7 +179,7 @@ def test_command_line(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, 'run_parts', lambda args, parts: seen.append(parts))
     seen = []
     gpu.main([f'--out={tmp_path}'])
-    assert seen == [['check','step','protocol','mnist','loader']]
+    assert seen == [['check','step','everyday','protocol','mnist','loader']]
 
 # --- what travels
 

@@ -52,7 +52,7 @@ def test_schedule(tau, n, g, c):
 
 @given(n=st.integers(1,50), seed=st.integers(0,99), r=rates)
 def test_precision_and_recall(n, seed, r):
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     loss,clean = torch.rand(n, generator=g),torch.rand(n, generator=g)<.6
     kept = select_small(loss, r)
     precision,recall = precision_and_recall(torch.zeros(n).index_fill(0, kept, 1), clean)
