@@ -45,11 +45,13 @@ def _some(d, n, seed):
     at = np.sort(np.random.default_rng(seed).permutation(len(d.y))[:n])
     return d._replace(x=d.x[at], y=d.y[at], human={k: v[at] for k,v in d.human.items()})
 
+def _stored(dl): return dl.store.images[dl.pos].cpu().numpy(),dl.store.targets[dl.pos].cpu().numpy()
+
 def mnist(path, seed):
     "10,000 images of MNIST"
     dls = mnist_dls(path, download=False)
-    sets = [(dl.store.images[dl.pos].numpy()[...,0], dl.store.targets[dl.pos].numpy()) for dl in (dls.train, dls.valid)]
-    return _some(Source(*sets[0], *sets[1], _numbers(10), {}), 10000, seed)
+    (x,y),(x_test,y_test) = _stored(dls.train),_stored(dls.valid)
+    return _some(Source(x[...,0], y, x_test[...,0], y_test, _numbers(10), {}), 10000, seed)
 
 @lru_cache(2)
 def _features(file):
@@ -93,8 +95,7 @@ def _photographs(path):
     for name in ('aggre','worse'): # class by class, as the images are
         given,true = labels[f'{name}_label'],labels['clean_label']
         human[name] = np.concatenate([given[true == c] for c in range(10)]).astype(np.int64)
-    sets = [(dl.store.images[dl.pos].numpy(), dl.store.targets[dl.pos].numpy()) for dl in (dls.train, dls.valid)]
-    return Source(*sets[0], *sets[1], list(dls.vocab), human)
+    return Source(*_stored(dls.train), *_stored(dls.valid), list(dls.vocab), human)
 
 def cifar(path, seed):
     "10,000 images of CIFAR-10"
