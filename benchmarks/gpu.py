@@ -150,7 +150,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     for o in ('out','path','home'): setattr(args, o, getattr(args, o) and getattr(args, o).resolve())
     if args.one: return run_here(args)
-    if args.parts == ['pack']: return importlib.import_module('gpu_pack').pack(args.path, args.data.split(','), dry=args.dry)
+    if args.parts == ['pack']:
+        return importlib.import_module('gpu_pack').pack(args.path, args.data.split(','), dry=args.dry)
     unknown = [o for o in args.parts if o not in PARTS]
     if unknown: p.error(f"part {unknown[0]!r} is unknown: choose from {', '.join(PARTS)}, or pack alone")
     if args.limit < 1: p.error(f'--limit={args.limit:g} must be at least 1: seconds in all')

@@ -1,8 +1,9 @@
 """`python benchmarks/gpu.py pack --path DATA`: what has to travel to a GPU machine without a network, in .gpu.
 
 DATA holds cifar10.tgz (the images in folders), CIFAR-10_human.pt, and MNIST/raw in torchvision's layout; what is
-missing is left out, and said. `--data` names others, such as clothing_small.tgz and tf_efficientnet_lite0.pth. The wheels are those of WHEELS, for Python 3.12 on 64-bit Linux. That nothing else is
-missing is checked by their metadata, and by importing the library in a process that refuses any other package.
+missing is left out, and said. `--data` names others, such as clothing_small.tgz and tf_efficientnet_lite0.pth.
+The wheels are those of WHEELS, for Python 3.12 on 64-bit Linux. That nothing else is missing is checked by their
+metadata, and by importing the library in a process that refuses any other package.
 """
 import os, re, shutil, subprocess, sys, tarfile, tempfile, zipfile
 from email.parser import Parser

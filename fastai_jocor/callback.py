@@ -46,12 +46,10 @@ class JoCorCallback(PeersCallback):
         hidden:float|None=None, # Share of labels hidden from each peer, in [0, 1/k]; `None`: 0.1, or 1/k if less
         plus:Literal['votes']|None=None, # `votes`: train on sure common votes too, above all of rejected items
         without:tuple=(), # For research: names of `Evidence.parts` to switch off
-        **kwargs # `models`, `init`, `seed`, `restart`, `select`, `rounding`, `first_epoch`, `graphs`: see `PeersCallback`
+        **kwargs # `models`, `init`, `seed`, `restart`, `select`, `rounding`, `first_epoch`, `graphs`: `PeersCallback`
     ):
         super().__init__(k, forget_rate, num_gradual, exponent, **kwargs)
-        check_choice('prune', prune, (None,'exact','approx'))
-        check_number('refresh', refresh, lambda v: isinstance(v, Integral) and v >= 1,
-                     'be an integer of at least 1: the epochs from one computation of all losses to the next')
+        _check_prune(prune, refresh, kwargs.get('graphs'))
         check_number('balance', balance, lambda v: 0 <= v <= 1,
                      'lie in [0, 1]: how far selection makes up for classes that have fallen behind')
         check_choice('rule', rule, (None,'evidence','schedule'))
@@ -65,9 +63,6 @@ class JoCorCallback(PeersCallback):
         self.by_evidence,self.plus = self.rule != 'schedule',self._check_plus(plus)
         self.weigh = Weigh(self)
         self.parts.append(self.weigh)
-        if prune and kwargs.get('graphs'):
-            raise ValueError(f"prune={prune!r} changes the shape of batches, and graphs=True needs one shape: "
-                             "leave one of them out")
         if prune: self.parts.append(Prune(self))
 
     def batch_loss(self, logits, targ, R):
@@ -97,6 +92,14 @@ def paper(cls:JoCorCallback,
     "The published rule (JoCoR, algorithm 1) with the first epoch and the rounding of the official code"
     return cls(k, co_lambda, forget_rate, num_gradual=num_gradual, rule='schedule', rounding='official',
                first_epoch=1, **kwargs)
+
+def _check_prune(prune, refresh, graphs):
+    check_choice('prune', prune, (None,'exact','approx'))
+    check_number('refresh', refresh, lambda v: isinstance(v, Integral) and v >= 1,
+                 'be an integer of at least 1: the epochs from one computation of all losses to the next')
+    if prune and graphs:
+        raise ValueError(f"prune={prune!r} changes the shape of batches, and graphs=True needs one shape: leave one "
+                         "of them out")
 
 @patch
 def _choose(self:JoCorCallback, rule):

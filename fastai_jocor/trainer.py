@@ -83,11 +83,7 @@ class PeersCallback(FitState, Callback):
         self.forget_rate,self.num_gradual,self.exponent = forget_rate,num_gradual,exponent
         self.restart,self.select = restart,select
         self.rounding,self.first_epoch = rounding,first_epoch
-        self.small_loss,self.record = SmallLoss(self),Record(self)
-        self.parts = [QuickEvents(self), LeaveNothing(self), MakePeers(self), ForgetRate(self), BatchItems(self),
-                      NonFinite(self), self.small_loss, self.record, Estimate(self), LostClasses(self),
-                      UndoPeers(self)]
-        if graphs: self.parts.append(Graphs(self))
+        self._make_parts(graphs)
         self.start_anew()
 
     @property
@@ -112,6 +108,13 @@ class PeersCallback(FitState, Callback):
     def after_fit(self): self.undo()
 
 # %% ../nbs/07d_trainer.ipynb #78a68d23
+@patch
+def _make_parts(self:PeersCallback, graphs):
+    self.small_loss,self.record = SmallLoss(self),Record(self)
+    self.parts = [QuickEvents(self), LeaveNothing(self), MakePeers(self), ForgetRate(self), BatchItems(self),
+                  NonFinite(self), self.small_loss, self.record, Estimate(self), LostClasses(self), UndoPeers(self)]
+    if graphs: self.parts.append(Graphs(self))
+
 @patch
 def undo(self:PeersCallback):
     "Leave the learner as a fit without this callback would, except for the peers"

@@ -48,7 +48,7 @@ class Recorded:
 @pytest.fixture
 def recorded(monkeypatch):
     rec = Recorded()
-    monkeypatch.setattr(graphs, 'capture', rec.capture)
+    monkeypatch.setattr(graphs, '_capture', rec.capture)
     monkeypatch.setattr(graphs, '_on_gpu', lambda x: True)
     return rec
 
@@ -92,7 +92,7 @@ def test_a_fit_that_is_broken_off(recorded, monkeypatch, error):
     def fails(nets, xb):
         def replay(*x): raise error
         return replay
-    monkeypatch.setattr(graphs, 'capture', fails)
+    monkeypatch.setattr(graphs, '_capture', fails)
     seen = []
     def broken(learn, epochs, lr, cbs):
         seen.append(learn)
@@ -105,7 +105,7 @@ def test_a_fit_that_is_broken_off(recorded, monkeypatch, error):
 def fails(nets, xb): raise RuntimeError('operation not permitted when stream is capturing')
 
 def test_recording_fails(recorded, monkeypatch):
-    monkeypatch.setattr(graphs, 'capture', fails)
+    monkeypatch.setattr(graphs, '_capture', fails)
     learn,_,told = trained(True)
     assert len(told) == 1 and 'operation not permitted' in told[0]
     assert torch.equal(weights(learn), weights(trained(False)[0]))
