@@ -60,13 +60,14 @@ def keep_by_margin(
     usable:Tensor|None=None # Which items may be kept at all, shape (N,), bool; `None` for all
 )->Tensor: # Whether each item is kept, shape (N,), bool; at least one is
     "Select the items with small margins, without a host synchronisation"
-    if usable is not None: by = by.masked_fill(~usable, -torch.inf)
+    barred = None if usable is None else ~usable
+    if usable is not None: by = by.masked_fill(barred, -torch.inf)
     drop = by > threshold
     if isinstance(n, Tensor):
         least = by.sort(descending=True).values.gather(0, (n-1).clamp_min(0).view(1))
         drop |= (by >= least) & (by > 0) & (n > 0)
     elif n > 0: drop |= (by >= by.topk(min(n, len(by))).values[-1]) & (by > 0)
-    best = by if usable is None else by.masked_fill(~usable, torch.inf)
+    best = by if usable is None else by.masked_fill(barred, torch.inf)
     keep = ~drop | (by <= best.min())
     return keep if usable is None else keep & usable
 
@@ -172,17 +173,18 @@ def forget_margins(
     targ:Tensor, # Given labels, shape (N,)
     idx:Tensor, # Positions of the items in the training set, shape (N,)
     before:Tensor # Labels that the running margins belong to, shape (N,); -1 if there was none
-):
-    "Forget the margins of items whose labels have changed"
+)->Tensor: # Shape (N,), NaN where there is none; `look_at_batch` stores them
+    "The running margins of items; those of items whose labels have changed are forgotten"
     changed = (before >= 0) & (before != targ)
-    e.margin[idx] = e.margin[idx].masked_fill(changed, torch.nan)
+    return e.margin[idx].masked_fill(changed, torch.nan)
 
 def look_at_batch(
     e:Evidence, # Updated in place
     log_p:Tensor, # Log of the peers' mean probability, shape (N, C)
     targ:Tensor, # Given labels, shape (N,)
     idx:Tensor, # Positions of the items in the training set, shape (N,)
-    usable:Tensor|None=None # Items with a label and finite logits, shape (N,), bool; `None` for all
+    usable:Tensor|None=None, # Items with a label and finite logits, shape (N,), bool; `None` for all
+    before:Tensor|None=None # Their running margins, shape (N,), from `forget_margins`; `None` for those of `e`
 )->Tensor: # Running margin of each item times the `protection` of its label, shape (N,)
     "Update the running margins and shares with a batch"
     log_p,targ = log_p.float(),targ.long()
@@ -191,7 +193,8 @@ def look_at_batch(
     latest = torch.stack([(weight[:,None]*log_p.exp()).sum(0), _share_of(log_p.argmax(-1), weight, e.n_classes),
                           _share_of(targ, weight, e.n_classes)])
     e.running.lerp_(latest, .05 if usable is None else .05*usable.any())
-    now,before = adjusted_margin(e, log_p, targ),e.margin[idx]
+    now = adjusted_margin(e, log_p, targ)
+    if before is None: before = e.margin[idx]
     margin = torch.where(before.isnan(), now, before.lerp(now, .5)) if e.has('memory') else now
     e.margin[idx] = margin if usable is None else torch.where(usable, margin, before)
     return margin*protection(e.running[1], e.running[2])[targ] if e.has('protection') else margin

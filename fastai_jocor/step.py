@@ -9,6 +9,7 @@ __all__ = ['Part', 'hears', 'call_listeners', 'QuickEvents', 'LeaveNothing', 'Ba
 # %% ../nbs/05_step.ipynb #0c7e188c
 import math, torch, warnings
 from contextlib import ExitStack
+from functools import reduce
 from operator import attrgetter
 from fastai.basics import *
 from fastai.callback.fp16 import AMPMode, MixedPrecision
@@ -137,7 +138,7 @@ class BatchItems(Part):
         vars(self).pop('drawn', None)
 
 # %% ../nbs/05_step.ipynb #e53b014b
-def _not_finite(x, n): return ~x.reshape(n, -1).sum(1).isfinite()
+def _not_finite(x): return x*0 != 0 # as `~x.isfinite()`, which takes five operations
 
 def _zero_where(bad, x):
     return retain_type(torch.where(bad.view(-1, *[1]*(x.ndim-1)), 0., x), x)
@@ -165,7 +166,7 @@ class NonFinite(Part):
         floats = [x for x in map(plain, learn.xb) if self._holds_items(x, s.n)]
         if not floats: return
         if s.reads_are_free and all(math.isfinite(x.sum().item()) for x in floats): return
-        s.bad = torch.stack([_not_finite(x, s.n) for x in floats]).any(0)
+        s.bad = reduce(torch.logical_or, [_not_finite(x.reshape(s.n, -1).sum(1)) for x in floats])
         learn.xb = tuple(_zero_where(s.bad, x) if self._holds_items(x, s.n) else x for x in learn.xb)
 
     def _holds_items(self, x, n):
@@ -241,7 +242,7 @@ class SmallLoss(Part):
     def after_loss(self):
         learn,s = self.learn,self.learn.selection
         loss = learn.loss_grad.detach()
-        s.last_loss = torch.where(loss.isfinite(), loss, s.last_loss).float()
+        s.last_loss = torch.where(_not_finite(loss), s.last_loss, loss).float()
         learn.loss,learn.pred = s.last_loss,s.pred
 
     def undo(self):

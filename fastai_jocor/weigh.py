@@ -89,8 +89,8 @@ class Weigh(Part):
         usable = s.usable if s.unweighted is None else _and(s.usable, losses.detach().isfinite())
         with torch.no_grad():
             before = o.items.given_label[s.idx]
-            forget_margins(e, targ, s.idx, before if s.ignored is None else before.masked_fill(s.ignored, -1))
-            by = look_at_batch(e, s.pred, targ, s.idx, usable)
+            if s.ignored is not None: before = before.masked_fill(s.ignored, -1)
+            by = look_at_batch(e, s.pred, targ, s.idx, usable, forget_margins(e, targ, s.idx, before))
             if o.k == 1: usable = _and(usable, hidden < 0)
             times,n = self._select(e, by, usable)
         if s.bad is not None: ranked = ranked.masked_fill(s.bad, torch.inf)

@@ -5,7 +5,7 @@ from fastai.vision.all import (Callback, CategoryBlock, CrossEntropyLossFlat, Da
     IndexSplitter, Learner, RandomSplitter, TransformBlock, nn, noop, set_seed)
 from fastai_jocor.all import *
 from fastai_jocor.cleaning import SuspectsLearner
-from fastai_jocor.evidence import Evidence, forget_margins
+from fastai_jocor.evidence import Evidence, forget_margins, look_at_batch
 from fastai_jocor.ledger import Ledger
 from fastai_jocor.state import class_names_of, item_names, ItemSource
 from learners import SCHEDULE, digits, fast_adam, quiet, same, weights
@@ -154,8 +154,10 @@ def test_figures_against_another_label_no_longer_count():
 def test_margins_against_another_label_are_forgotten():
     e,idx = Evidence(4, 2, 3),torch.tensor([3,1,0])
     e.margin = torch.tensor([1.,2.,3.,4.])
-    forget_margins(e, torch.tensor([2,1,0]), idx, torch.tensor([2,0,-1]))
-    assert e.margin.isnan().tolist() == [False,True,False,False]
+    kept = forget_margins(e, torch.tensor([2,1,0]), idx, torch.tensor([2,0,-1]))
+    assert kept.isnan().tolist() == [False,True,False]
+    look_at_batch(e, torch.zeros(3, 3), torch.tensor([2,1,0]), idx, torch.tensor([True,False,True]), kept)
+    assert e.margin.tolist()[::2] == [.5,3.] and e.margin[1].isnan() and e.margin[3] == 2
 
 class Margins(Callback):
     "The margins after the first batch"
