@@ -13,7 +13,7 @@ Each row of results/beyond.csv is one run. Rows that are there are not run again
   peers' mean probability (beta 0.7), from which no prediction should move away (weight 3: the paper's for CIFAR-10);
 - `mixup`: the kept items are mixed with one another after selection (Zhang et al. 2018), in a second forward pass;
 - `cascade`: the first peer trains on all items, the second where the first one predicts the label, the third where
-  the second one does (after CUFIT, Ahn et al. 2024, whose first network is a probe on the body, as here on features).
+  the second one does (after CUFIT, Yu et al. 2024, whose first network is a probe on the body, as here on features).
 """
 import os, torch
 from pathlib import Path

@@ -40,7 +40,7 @@ def fine_tuned(learn, epochs, lr, cbs): learn.fine_tune(epochs, lr, freeze_epoch
 
 # The cells
 Data = namedtuple('Data', 'source learner bs noises schedules part fit', defaults=['fast', one_cycle])
-quick_photo_learner = partial(photo_learner, opt_func=fused_adam)
+quick_photo_learner = partial(photo_learner, opt_func=fastais_adam)
 simple = 'clean', 'symmetric 50', 'asymmetric 40'
 light = 'clean', 'symmetric 30', 'asymmetric 30'
 people = 'clean', 'aggre', 'random', 'worse', 'symmetric 50', 'asymmetric 40'

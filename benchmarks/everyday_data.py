@@ -9,6 +9,7 @@ from fastai.vision.all import get_image_files, IndexSplitter, PILImage, Resize, 
 from torch.utils.data import TensorDataset
 from fastai_jocor.all import Asymmetric, AutocastBF16, cifar10_dls, InMemoryDataLoaders, InstanceDependent, Symmetric
 from fastai_jocor.all import jocor_cnn, jocor_mlp, mnist_dls
+from fastai_jocor.heads import fused_adam
 from fastai_jocor.human import read_label_file
 
 # The data: arrays of inputs and true labels; `human` holds label sets that people gave to the training items
@@ -149,10 +150,7 @@ class MeanOfWords(nn.Module):
         known = (x != 1).unsqueeze(-1).float()
         return self.head((self.words(x)*known).sum(1)/known.sum(1))
 
-def fused_adam(params, **kwargs):
-    "fastai's Adam, with its own numbers, as torch computes it in one go: for large networks"
-    adam = partial(torch.optim.AdamW, betas=(.9,.99), eps=1e-5, weight_decay=.01, fused=True)
-    return OptimWrapper(params, opt=adam, **kwargs)
+fastais_adam = partial(fused_adam, betas=(.9,.99), eps=1e-5) # computed in one go, for large networks
 
 def image_learner(d, y, bs, **kwargs):
     n = len(y)
@@ -160,7 +158,7 @@ def image_learner(d, y, bs, **kwargs):
     dls = InMemoryDataLoaders.from_arrays(x, labels, d.names, train=np.arange(n), valid=np.arange(n, len(x)), bs=bs)
     if x.ndim == 4:
         cbs = [ChannelsLast(), AutocastBF16()]
-        return Learner(dls, jocor_cnn(len(d.names)), opt_func=fused_adam, cbs=cbs, **kwargs)
+        return Learner(dls, jocor_cnn(len(d.names)), opt_func=fastais_adam, cbs=cbs, **kwargs)
     return Learner(dls, jocor_mlp(len(d.names), x[0].size), **kwargs)
 
 def feature_learner(d, y, bs, **kwargs):
