@@ -4,6 +4,7 @@
     python benchmarks/everyday.py --path FOLDER --seeds 0-2 --part all
     python benchmarks/everyday.py --path FOLDER --data digits,clothing --only plain,default
     python benchmarks/everyday.py --part ablation                       # without each part of the default
+    python benchmarks/everyday.py --take results/gpu/everyday.csv       # rows that another machine has made
     python benchmarks/everyday.py --summary-only
 
 FOLDER, or the environment variable FASTAI_JOCOR_DATA, holds the data. Data that are not there are left out, and named:
@@ -171,6 +172,11 @@ def add_row(row, file):
     file.parent.mkdir(exist_ok=True)
     pd.DataFrame([row]).to_csv(file, mode='a', header=not file.exists(), index=False, float_format='%.5g')
 
+def take_rows(new, file=FILE):
+    "Add the rows of another file, in place of those of the same cell, method and seed"
+    both = pd.concat([rows(file), rows(new)]).drop_duplicates(KEY, keep='last')
+    both.to_csv(file, index=False, float_format='%.5g')
+
 def summary(df):
     "Mean accuracy in per cent by cell and method, and how far each is from plain"
     cell = KEY[:4]
@@ -189,6 +195,7 @@ def main(
     seeds:str='0', # Seeds, as a range or one
     data:str=','.join(tables), # Which data
     only:str=','.join(methods), # Which methods
+    take:Path=None, # Take the rows of this file, and run nothing
     summary_only:bool=False # Print the table of what is there, and run nothing
 ):
     "Do the runs that are not done yet, and print the table"
@@ -200,6 +207,7 @@ def main(
     names = list(ablation) if part == 'ablation' else only.split(',')
     todo = [(*c, m, s) for s in seeds for c in which for m in names]
     done = {tuple(o) for o in rows()[KEY].itertuples(index=False)}
-    for key in [] if summary_only else todo:
+    if take: take_rows(take)
+    for key in [] if summary_only or take else todo:
         if key not in done: do_run(key, path)
     print(summary(rows()).to_string())

@@ -1,6 +1,7 @@
 """Part `everyday` of gpu.py: the slow part of everyday.py, photographs and CIFAR-10, several rows side by side.
 
-Rows go into everyday.csv in the folder --out, in the form of results/everyday.csv. What is there is not run again.
+Rows go into everyday.csv in the folder --out, and `everyday.py --take` brings them into results/everyday.csv. What is
+in --out is not run again.
 First come plain training and three peers, on all seeds; then three networks averaged, and two peers. Data that did not
 travel are left out. The weights of the pretrained body are tf_efficientnet_lite0.pth among the data.
 """

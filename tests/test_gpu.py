@@ -112,6 +112,14 @@ def test_everyday(tmp_path):
     part('everyday', tmp_path)
     assert len(pd.read_csv(tmp_path/'everyday.csv')) == 2
 
+def test_rows_of_another_machine(tmp_path):
+    from everyday import add_row, KEY, take_rows
+    def row(seed, accuracy): return dict(zip(KEY, ('digits','clean',1,.1,'plain',seed)), accuracy=accuracy)
+    for name,some in dict(old=[row(0, .1), row(1, .2)], new=[row(1, .3), row(2, .4)]).items():
+        for o in some: add_row(o, tmp_path/name)
+    take_rows(tmp_path/'new', tmp_path/'old')
+    assert pd.read_csv(tmp_path/'old')[['seed','accuracy']].values.tolist() == [[0,.1],[1,.3],[2,.4]]
+
 def test_rows_of_data_that_are_there(tmp_path):
     from everyday import Cell, cells
     args = arguments(tmp_path/'out', f'--path={tmp_path}')
