@@ -6,7 +6,7 @@
 __all__ = ['likeness', 'why_not', 'own_grads', 'Graphs']
 
 # %% ../nbs/05c_graphs.ipynb #8ce35c4a
-import torch, warnings
+import gc, torch, warnings
 from fastai.basics import *
 from .per_sample import plain
 from .peers import Peers
@@ -35,27 +35,30 @@ def _capture(
     nets, # Networks on one GPU, in training mode
     xb:tuple # Inputs of a batch, tensors on that GPU
 ): # Function of such inputs, which gives a list of the networks' outputs
-    "Record the forward and backward passes of networks; their weights and buffers stay as they are"
-    both,copies = _SideBySide(nets),tuple(o.detach().clone() for o in xb)
+    "Record the forward and backward passes of networks; weights, buffers and random states stay as they are"
+    device,copies = xb[0].device,tuple(o.detach().clone() for o in xb)
     on,dtype = torch.is_autocast_enabled('cuda'),torch.get_autocast_dtype('cuda')
-    with same_buffers(both), torch.autocast('cuda', dtype=dtype, enabled=on, cache_enabled=False):
-        torch.cuda.make_graphed_callables(both, copies, allow_unused_input=True)
+    cast = torch.autocast('cuda', dtype=dtype, enabled=on, cache_enabled=False)
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream()), torch.random.fork_rng([device]):
+        both = _SideBySide(nets)
+        with same_buffers(both), cast: torch.cuda.make_graphed_callables(both, copies, allow_unused_input=True)
     return both.forward
 
 # %% ../nbs/05c_graphs.ipynb #2ef5c68c
 def _on_gpu(x): return x.is_cuda
 def _has_hooks(m): return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+def _stored(model): return [*model.parameters(), *model.buffers()]
 
 def likeness(
     model:nn.Module, # In training
     xb:tuple # Inputs of a batch, of any type
 )->tuple: # Equal for batches that one graph can do
-    "What a graph depends on: the kind of input, the precision, which weights are trained, and how each layer works"
-    inputs = [(o.shape, o.dtype, o.device) if isinstance(o, Tensor) else type(o) for o in xb]
+    "What a graph depends on: kinds of inputs, precision, memory of weights and buffers, and how each layer works"
+    inputs = [(o.shape, o.dtype, o.device, o.requires_grad) if isinstance(o, Tensor) else type(o) for o in xb]
     precision = torch.is_autocast_enabled('cuda'),torch.get_autocast_dtype('cuda')
-    trained = [p.requires_grad for p in model.parameters()]
+    stored = [(o.data_ptr(), o.requires_grad, bool(o._backward_hooks)) for o in _stored(model)]
     layers = [(m.training, _has_hooks(m)) for m in model.modules()]
-    return inputs,precision,trained,layers
+    return inputs,precision,stored,layers
 
 def why_not(
     model:nn.Module, # In training
@@ -65,10 +68,18 @@ def why_not(
     if not isinstance(model, Peers): return f'the peers are wrapped in a {type(model).__name__}'
     if not all(isinstance(o, Tensor) for o in xb): return 'not all inputs of the model are tensors'
     if not all(map(_on_gpu, xb)): return 'the inputs of the model are not on a GPU'
+    if len({o.device for o in (*xb, *_stored(model))}) > 1: return 'the model and its inputs are on several devices'
+    if any(o.requires_grad for o in xb): return 'the gradient of an input is asked for'
     if any(map(_has_hooks, model.modules())): return 'hooks are registered on its layers, and a graph calls none'
+    if any(p._backward_hooks for p in model.parameters()): return 'hooks on its weights would be called twice'
     if any(hasattr(m, 'reset') for net in model.peers for m in net.modules()):
         return 'recurrent layers carry a state from one batch to the next'
     return ''
+
+def _pins_memory(dl):
+    "Whether a thread of the loader calls CUDA, which breaks off recording"
+    loader = getattr(dl, 'fake_l', dl)
+    return bool(getattr(loader, 'pin_memory', False) and getattr(loader, 'num_workers', 0))
 
 def own_grads(
     params:list, # Parameters
@@ -82,25 +93,36 @@ def own_grads(
 class Graphs(Part):
     "Let a graph do the peers' forward and backward passes in training, where that can be"
     order = 90 # after all that changes the inputs, and within the autocast of mixed precision
+    of_a_fit = 'replay','like','params','own'
+
+    def __getstate__(self): return {k: o for k,o in vars(self).items() if k not in self.of_a_fit}
+
     def before_fit(self):
-        self.graph,self.like,self.told = None,None,False
+        self.replay,self.like,self.told = None,None,False
 
     def before_batch(self):
+        self.undo_batch()
         model,xb = self.learn.model,tuple(map(plain, self.learn.xb))
         like = likeness(model, xb)
         if self.like is None: self._record(model, xb, like)
-        if self.graph is None: return
+        if self.replay is None: return
         if like != self.like: return self._tell('it is not like the first batch of the fit, which was recorded')
         own_grads(self.params, self.own)
-        model.graph = lambda *x: self.graph(*map(plain, x))
+        model.graph = self._once
+
+    def _once(self, *x):
+        "Replay the graph; a second pass in the batch would overwrite what the gradient of the first one needs"
+        self.undo_batch()
+        return self.replay(*map(plain, x))
 
     def _record(self, model, xb, like):
         "Record the first batch of a fit, or tell why not"
         self.like,why = like,why_not(model, xb)
+        if _pins_memory(self.dl): why = 'the loader pins memory in a thread of its own'
         if why: return self._tell(why)
         self.params = list(model.parameters())
         self.own = [None]*len(self.params)
-        try: self.graph = _capture(model.peers, xb)
+        try: self.replay = _capture(model.peers, xb)
         except Exception as e: self._tell(f'recording it failed with {type(e).__name__}: {e}')
 
     def _tell(self, why):
@@ -117,4 +139,6 @@ class Graphs(Part):
 
     def undo(self):
         self.undo_batch()
-        for name in ('graph','params','own'): vars(self).pop(name, None)
+        recorded = vars(self).get('replay') is not None
+        for name in self.of_a_fit: vars(self).pop(name, None)
+        if recorded: gc.collect() # the graph's memory is part of a cycle

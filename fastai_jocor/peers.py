@@ -64,7 +64,7 @@ class Peers(nn.Module):
 
     def forward(self, *x, **kwargs):
         if self.training and self.guarded: raise RuntimeError(_guard_msg(self.k))
-        replayed = self.training and self.graph is not None
+        replayed = self.training and self.graph is not None and not kwargs
         outs = self.graph(*x) if replayed else [m(*x, **kwargs) for m in self.peers]
         if isinstance(outs[0], Tensor): return self._answer(torch.stack(outs))
         return (self._answer(torch.stack([o[0] for o in outs])), *_merge([tuple(o[1:]) for o in outs]))
