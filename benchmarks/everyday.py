@@ -173,9 +173,11 @@ def add_row(row, file):
     pd.DataFrame([row]).to_csv(file, mode='a', header=not file.exists(), index=False, float_format='%.5g')
 
 def take_rows(new, file=FILE):
-    "Add the rows of another file, in place of those of the same cell, method and seed"
+    "Add the rows of another file, in place of those of the same cell, method and seed, in the order of the cells"
     both = pd.concat([rows(file), rows(new)]).drop_duplicates(KEY, keep='last')
-    both.to_csv(file, index=False, float_format='%.5g')
+    places = {c: i for i,c in enumerate(cells('all', tables))}
+    place = [places.get(Cell(*o), len(places)) for o in both[KEY[:4]].itertuples(index=False)]
+    both.iloc[np.argsort(place, kind='stable')].to_csv(file, index=False, float_format='%.5g')
 
 def summary(df):
     "Mean accuracy in per cent by cell and method, and how far each is from plain"

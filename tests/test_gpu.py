@@ -114,11 +114,12 @@ def test_everyday(tmp_path):
 
 def test_rows_of_another_machine(tmp_path):
     from everyday import add_row, KEY, take_rows
-    def row(seed, accuracy): return dict(zip(KEY, ('digits','clean',1,.1,'plain',seed)), accuracy=accuracy)
-    for name,some in dict(old=[row(0, .1), row(1, .2)], new=[row(1, .3), row(2, .4)]).items():
-        for o in some: add_row(o, tmp_path/name)
+    def row(seed, accuracy, data='clothing', epochs=15):
+        return dict(zip(KEY, (data,'clean',epochs,3e-3,'plain',seed)), accuracy=accuracy)
+    for o in (row(0, .1), row(1, .2)): add_row(o, tmp_path/'old')
+    for o in (row(1, .3), row(2, .4, 'digits'), row(3, .5, epochs=99), row(4, .6)): add_row(o, tmp_path/'new')
     take_rows(tmp_path/'new', tmp_path/'old')
-    assert pd.read_csv(tmp_path/'old')[['seed','accuracy']].values.tolist() == [[0,.1],[1,.3],[2,.4]]
+    assert pd.read_csv(tmp_path/'old').accuracy.tolist() == [.4,.1,.3,.6,.5] # the last one is no cell of the grid
 
 def test_rows_of_data_that_are_there(tmp_path):
     from everyday import Cell, cells
