@@ -11,6 +11,7 @@ import itertools, torch, numpy as np
 from dataclasses import dataclass
 from fastai.basics import *
 from fastai.torch_core import get_random_states, set_random_states
+from .losses import widest
 from .processes import in_any
 from .per_sample import (class_weights, first_output, ignored_label, is_multi_label, label_column,
                                      per_sample_loss, plain, without_weights)
@@ -143,7 +144,7 @@ def drop_count(self:Selection,
     R:float # Forget rate, in [0, 1)
 )->int: # Or a tensor; below n, so that one item is kept
     "Number of items to drop, so that the mean share over batches is R"
-    if isinstance(n, Tensor): return _drop_count(self, n.double(), R)
+    if isinstance(n, Tensor): return _drop_count(self, widest(n), R)
     owed = self.owed+R*n
     count = min(int(owed+1e-6), n-1)
     self.owed = min(owed-count, n)

@@ -219,7 +219,7 @@ def hidden_columns(
     return dict(hidden=hidden, out=out, inside=(hits.sum(0)-out)/others, alike=alike, own_label=label,
                 own_conf=conf.exp(), against=adjusted_margin(e, own, targ) > e.threshold, margin=e.margin[idx])
 
-def _mean(t): return float(t.double().mean())
+def _mean(t): return float(t.cpu().double().mean())
 
 def close_epoch(
     e:Evidence, # Updated in place

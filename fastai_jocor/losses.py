@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['default_co_lambda', 'contrasts', 'Contrast', 'check_number', 'closest', 'did_you_mean', 'check_choice',
-           'check_contrast', 'check_co_lambda', 'widened', 'peer_log_probs', 'n_terms', 'ClosedKL', 'peer_contrast',
-           'peer_losses', 'joint_loss', 'plain_lambda', 'joint_loss_multi']
+           'check_contrast', 'check_co_lambda', 'widened', 'widest', 'peer_log_probs', 'n_terms', 'ClosedKL',
+           'peer_contrast', 'peer_losses', 'joint_loss', 'plain_lambda', 'joint_loss_multi']
 
 # %% ../nbs/00_losses.ipynb #7d5a47da
 import difflib, torch
@@ -83,6 +83,14 @@ def widened(
 )->Tensor: # float32 or wider
     "Cast half precision to float32; leave float32 and float64 as they are"
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
+
+_no_float64 = 'mps', # Apple's GPUs
+
+def widest(
+    t:Tensor # Any dtype
+)->Tensor: # float64; float32 on a device that has no float64, such as Apple's GPUs
+    "Cast to the widest float that the device of a tensor has"
+    return t.float() if t.device.type in _no_float64 else t.double()
 
 def peer_log_probs(
     logits:Tensor # Logits of the peers, shape (k, N, C), any floating dtype

@@ -112,8 +112,8 @@ def class_counts(
 )->dict: # `given`, `kept` and `votes`, each of shape (C,), float64, on the CPU
     "For each class, how many items have its label, are kept with it, and are predicted as it"
     given,votes = (seen[name].clamp_min(0).cpu() for name in ('given_label','predicted_label'))
-    kept = seen['kept'].double().cpu()
-    count = lambda labels, weights=None: torch.bincount(labels, weights, n_classes).double()
+    kept = seen['kept'].cpu().double()
+    count = lambda labels, weights=None: torch.bincount(labels, weights, n_classes).to(kept)
     return dict(given=count(given), kept=count(given, kept), votes=count(votes))
 
 def _warn_of_bad_numbers(epoch, bad, n):
@@ -159,9 +159,9 @@ class Record(Part):
         return {name: o[~seen['repeated']] for name,o in seen.items()}
 
     def _figures(self, s, seen):
-        scored,kept = ~seen['loss'].isnan().cpu(),seen['kept'].cpu()
+        scored,kept = ~seen['loss'].isnan().cpu(),seen['kept'].cpu().double()
         agree = seen['agree'].cpu()[scored]
-        res = dict(R=s.R, kept=share(kept.double().sum(), len(kept)), agreement=share(agree.sum(), len(agree)))
+        res = dict(R=s.R, kept=share(kept.sum(), len(kept)), agreement=share(agree.sum(), len(agree)))
         clean = self.owner.clean_flags
         if clean is not None and s.items is not None:
             res['label_precision'],res['label_recall'] = precision_and_recall(kept, clean[seen['idx'].cpu()])

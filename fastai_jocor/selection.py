@@ -10,7 +10,7 @@ __all__ = ['check_forget_rate', 'default_num_gradual', 'forget_schedule', 'keep_
 import numpy as np, torch
 from numbers import Integral
 from torch import Tensor
-from .losses import check_number
+from .losses import check_number, widest
 
 # %% ../nbs/01_selection.ipynb #8c34f3fc
 def check_forget_rate(
@@ -84,7 +84,7 @@ def small_loss_mask(
     inf,by = torch.inf,losses.detach()
     if among is None: among = torch.ones_like(by, dtype=torch.bool)
     small,idx = torch.where(among, by, inf).nan_to_num(inf, inf, inf).sort(-1)
-    if n is None: n = ((1-R)*among.sum(-1).double()).long()
+    if n is None: n = ((1-R)*widest(among.sum(-1))).long()
     first = (torch.arange(by.shape[1], device=by.device) < n.clamp(min=1)[:,None]) & (small < inf)
     return torch.zeros_like(by).scatter_(-1, idx, first.to(by.dtype))
 
@@ -109,7 +109,7 @@ def precision_and_recall(
     clean:Tensor # Whether its given label is the true one, shape (m,), bool
 )->tuple: # Two floats in [0, 1]; NaN if nothing was kept, or nothing is clean
     "Label precision (clean share of the kept items) and label recall (kept share of the clean items)"
-    times = times.double()
+    times = widest(times)
     hit = times[clean].sum()
     return share(hit, times.sum()), share(hit, clean.sum())
 

@@ -126,7 +126,7 @@ def learned(self:Weigh,
     close_epoch(e, seen, hold=self.frozen)
     if o.hidden is None and len(e.rows) == 1: tell_scarce(e, seen)
     if o.plus and e.rows: e.rows[-1]['cut'] = self._cut(seen, e.rows[-1]['sure'])
-    agree = seen['agree'].double()
+    agree = seen['agree'].cpu().double()
     o.estimate = est = estimate_from(e, 1-float(agree.mean()) if len(agree) else 0.)
     o.record.figures |= dict(noise_low=est.low, noise_high=est.high)
 

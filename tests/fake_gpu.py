@@ -1,11 +1,22 @@
 """A step on tensors that pretend to lie on a GPU: they have a shape and a device, but no values.
 
-To mix them with tensors on the CPU is an error, and so is to read a value, or a shape that depends on one."""
+To mix them with tensors on the CPU is an error, and so is to read a value, or a shape that depends on one, and float64
+where the GPU is one of Apple's, which do not have it."""
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from contextlib import nullcontext
+from fastai_jocor import losses
 from fastai_jocor.per_sample import cross_entropy_of
 from fastai_jocor.step import SmallLoss
+
+class NoFloat64(TorchDispatchMode):
+    "Refuse tensors in float64 on a GPU"
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.device.type == 'cuda': assert out.dtype != torch.float64, f
+        return out
 
 class FakeGPU:
     "Tensors of several objects as fake ones on a GPU, and back"
@@ -30,7 +41,7 @@ class FakeGPU:
             d.clear()
             d.update(old)
 
-def _step(part, loss, pred, yb):
+def _step(part, loss, pred, yb, guard):
     "The loss of a batch and what is seen of it, on the fake GPU; gives the columns of what was seen"
     learn,owner,s = part.learn,part.owner,part.learn.selection
     gpu = FakeGPU()
@@ -43,7 +54,7 @@ def _step(part, loss, pred, yb):
         if ce is not None: gpu.move(ce._buffers)
     behind,s.device = getattr(owner, 'behind', None),torch.device('cuda')
     try:
-        with gpu.mode:
+        with gpu.mode, guard():
             if behind is not None: owner.behind = gpu.twin(behind)
             learn.loss_grad = loss(part, gpu.twin(pred), *map(gpu.twin, yb))
             part.after_loss()
@@ -54,12 +65,13 @@ def _step(part, loss, pred, yb):
         if behind is not None: owner.behind = behind
         gpu.back()
 
-def watch(monkeypatch, at=1):
+def watch(monkeypatch, at=1, apples=False):
     "Let a step of each epoch run on a fake GPU, too, and then as it is; gives what was seen there, from each epoch"
     loss,seen = SmallLoss.loss,[]
+    if apples: monkeypatch.setattr(losses, '_no_float64', ('cuda','cpu'))
     def both(self, pred, *yb):
         if self.learn.training and self.learn.iter == at:
-            seen.append(_step(self, loss, pred, yb))
+            seen.append(_step(self, loss, pred, yb, NoFloat64 if apples else nullcontext))
             self.learn.loss_func = self.loss
         return loss(self, pred, *yb)
     monkeypatch.setattr(SmallLoss, 'loss', both)
