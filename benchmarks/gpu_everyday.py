@@ -1,7 +1,7 @@
 """Part `everyday` of gpu.py: the slow part of everyday.py, photographs and CIFAR-10, several rows side by side.
 
 Rows go into everyday.csv in the folder --out, and `everyday.py --take` brings them into results/everyday.csv. What is
-in --out is not run again.
+in one of the two is not run again.
 First come plain training and three peers, on all seeds; then three networks averaged, and two peers. Data that did not
 travel are left out. The weights of the pretrained body are tf_efficientnet_lite0.pth among the data.
 """
@@ -36,7 +36,7 @@ def everyday(args, note):
     from everyday import add_row, Cell, cells, KEY, rows
     begin(args.path, args.device)
     file = args.out/'everyday.csv'
-    done = {tuple(o) for o in rows(file)[KEY].itertuples(index=False)}
+    done = {tuple(o) for some in (rows(file), rows()) for o in some[KEY].itertuples(index=False)}
     todo = [(c, *o) for c,*o in keys(args, cells, Cell) if (*c, *o) not in done]
     spare = 2 if args.tiny else 20
     for key,res in side_by_side(args, partial(row, args.path, args.until-spare), todo):
