@@ -102,6 +102,7 @@ class Graphs(Part):
 
     def before_batch(self):
         self.undo_batch()
+        if self.like is not None and self.replay is None: return
         model,xb = self.learn.model,tuple(map(plain, self.learn.xb))
         like = likeness(model, xb)
         if self.like is None: self._record(model, xb, like)

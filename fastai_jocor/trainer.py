@@ -168,7 +168,6 @@ def told(self:PeersCallback)->list: # Texts
 @patch
 def __repr__(self:PeersCallback): return f"{type(self).__name__}({', '.join(self.told())})"
 
-
 # %% ../nbs/07d_trainer.ipynb #f6845eea
 @patch
 def batch_loss(self:PeersCallback,

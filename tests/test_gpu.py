@@ -5,7 +5,7 @@ from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from fastai_jocor.lab.config import RunConfig
-from fastai_jocor.lab.results import read_runs, run_dir
+from fastai_jocor.lab.results import finished, read_runs, run_dir
 from fastai_jocor.lab.run import run
 from image_files import make_cifar
 from learners import digits
@@ -82,6 +82,15 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
     assert len(pd.read_csv(d/'history.csv')) == 2 and (d/'checkpoint.pth').exists() and not (d/'result.json').exists()
     assert gpu_protocol.train(tmp_path, tmp_path, time.time()+300, cfg)['epochs'] == 3
     pd.testing.assert_frame_equal(pd.read_csv(d/'history.csv'), whole, check_dtype=False, atol=1e-5)
+
+@pytest.mark.filterwarnings('ignore:graphs=True')
+def test_a_run_with_graphs_is_the_same_run(tmp_path):
+    cfg = RunConfig(epochs=1, method='jocor', k=2)
+    graphed = gpu_protocol.WithGraphs(**vars(cfg))
+    assert [type(o).__name__ for o in graphed.callback().parts].count('Graphs') == 1
+    d = run_dir(tmp_path, cfg)
+    found = run(graphed, d, verbose=False, extras=False, resume=True)[2]
+    assert found['ensemble_accuracy'] == run(cfg, verbose=False)[2]['ensemble_accuracy'] and finished(d, cfg)
 
 def test_a_run_that_fails_is_told(tmp_path):
     cfg = RunConfig(dataset='cifar10', epochs=1)
