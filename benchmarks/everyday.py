@@ -44,6 +44,7 @@ Data = namedtuple('Data', 'source learner bs noises schedules part fit', default
 quick_photo_learner = partial(photo_learner, opt_func=fastais_adam)
 simple = 'clean', 'symmetric 50', 'asymmetric 40'
 light = 'clean', 'symmetric 30', 'asymmetric 30'
+hard_noises = 'clean', 'symmetric 30', 'asymmetric 40'
 people = 'clean', 'aggre', 'random', 'worse', 'symmetric 50', 'asymmetric 40'
 many = 'clean', 'symmetric 20', 'symmetric 50', 'symmetric 80', 'asymmetric 40', 'instance 40'
 three = (15, 3e-3), (15, 1e-2), (60, 2e-2)
@@ -55,6 +56,8 @@ tables = dict(
     features5k=Data(features5k, feature_learner, 64, people, [(10, 3e-3), (30, 3e-3)]),
     features500=Data(features500, feature_learner, 64, light, [(30, 3e-3)]),
     features1k=Data(features1k, feature_learner, 64, light, [(30, 3e-3)]),
+    hard3k=Data(hard3k, feature_learner, 64, hard_noises, [(10, 3e-3), (30, 3e-3)]),
+    hard10k=Data(hard10k, feature_learner, 64, hard_noises, [(10, 3e-3), (30, 3e-3)]),
     clothing500=Data(clothing500, feature_learner, 64, light, [(15, 3e-3)]),
     trec=Data(trec, text_learner, 64, light, [(10, 1e-2)]),
     adult=Data(adult, table_learner, 256, light, [(5, 1e-2)]),
@@ -86,6 +89,7 @@ at_stake = [Cell('digits', 'symmetric 50', 15, 3e-3), Cell('digits', 'symmetric 
             Cell('digits', 'symmetric 80', 60, 2e-2), Cell('digits', 'asymmetric 40', 15, 3e-3),
             Cell('digits', 'instance 40', 15, 3e-3), Cell('rare', 'clean', 15, 3e-3),
             Cell('clothing', 'clean', 15, 3e-3), Cell('clothing', 'symmetric 30', 15, 3e-3),
+            Cell('hard3k', 'clean', 30, 3e-3), Cell('hard10k', 'clean', 30, 3e-3),
             Cell('features5k', 'asymmetric 40', 10, 3e-3), Cell('features5k', 'worse', 10, 3e-3),
             Cell('adult', 'symmetric 30', 5, 1e-2)]
 

@@ -67,6 +67,13 @@ def features5k(path, seed): return _some(features(path, seed), 5000, seed)
 def features10k(path, seed): return _some(features(path, seed), 10000, seed)
 def features1k(path, seed): return _some(features(path, seed), 1000, seed)
 def features500(path, seed): return _some(features(path, seed), 500, seed)
+def _fewer_numbers(d, n):
+    "Hard items: n numbers, the same ones in every run, tell of each what all of them told"
+    at = np.random.default_rng(0).permutation(d.x.shape[1])[:n]
+    return d._replace(x=d.x[:,at], x_test=d.x_test[:,at])
+
+def hard3k(path, seed): return _some(_fewer_numbers(features(path, seed), 64), 3000, seed)
+def hard10k(path, seed): return _some(_fewer_numbers(features(path, seed), 32), 10000, seed)
 def clothing(path, seed): return _features(path/'clothing_features.npz')
 def clothing500(path, seed): return _some(clothing(path, seed), 500, seed)
 
@@ -121,7 +128,8 @@ pairs = dict(digits=digit_pairs, scarce=digit_pairs, mnist=digit_pairs, features
              adult={'>50K':'<=50K'},
              clothing={'shirt':'t-shirt', 't-shirt':'longsleeve', 'longsleeve':'shirt'},
              trec={'ENTY':'DESC', 'DESC':'ENTY', 'HUM':'ENTY', 'LOC':'NUM'})
-pairs |= {o: pairs['features'] for o in ('features500','features1k','features5k','features10k','features30','cifar')}
+as_cifar = 'features500','features1k','features5k','features10k','features30','hard3k','hard10k','cifar'
+pairs |= {o: pairs['features'] for o in as_cifar}
 pairs |= {o: pairs['clothing'] for o in ('clothing500','clothing_photos')}
 
 def given_labels(d, data, noise, seed):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_forget_rate', 'default_num_gradual', 'forget_schedule', 'keep_count', 'select_small', 'small_loss_mask',
-           'select_small_global', 'precision_and_recall', 'share', 'class_quantiles']
+           'keep_by_margin', 'select_small_global', 'precision_and_recall', 'share', 'class_quantiles']
 
 # %% ../nbs/01_selection.ipynb #73c3fc0b
 import numpy as np, torch
@@ -87,6 +87,25 @@ def small_loss_mask(
     if n is None: n = ((1-R)*widest(among.sum(-1))).long()
     first = (torch.arange(by.shape[1], device=by.device) < n.clamp(min=1)[:,None]) & (small < inf)
     return torch.zeros_like(by).scatter_(-1, idx, first.to(by.dtype))
+
+# %% ../nbs/01_selection.ipynb #ea4ddfb5
+def keep_by_margin(
+    by:Tensor, # Margin of each item, shape (N,)
+    threshold:float, # Margin above which an item is dropped
+    n, # Least number to drop, among items with a margin above 0: an integer, or a tensor with one
+    usable:Tensor|None=None # Which items may be kept at all, shape (N,), bool; `None` for all
+)->Tensor: # Whether each item is kept, shape (N,), bool; at least one is
+    "Select the items with small margins, without a host synchronisation"
+    barred = None if usable is None else ~usable
+    if usable is not None: by = by.masked_fill(barred, -torch.inf)
+    drop = by > threshold
+    if isinstance(n, Tensor):
+        least = by.sort(descending=True).values.gather(0, (n-1).clamp_min(0).view(1))
+        drop |= (by >= least) & (by > 0) & (n > 0)
+    elif n > 0: drop |= (by >= by.topk(min(n, len(by))).values[-1]) & (by > 0)
+    best = by if usable is None else by.masked_fill(barred, torch.inf)
+    keep = ~drop | (by <= best.min())
+    return keep if usable is None else keep & usable
 
 # %% ../nbs/01_selection.ipynb #02e68c52
 def select_small_global(

@@ -9,8 +9,9 @@ __all__ = ['scarce', 'tell_scarce', 'Weigh']
 import math, torch
 from fastai.basics import *
 from .processes import gather_rows, own_part, union
+from .selection import keep_by_margin
 from .evidence import (close_epoch, commonness, estimate_from, Evidence, forget_margins, hide,
-                                   keep_by_margin, look_at_batch)
+                                   look_at_batch)
 from .untold import Untold
 from .votes import common_votes, split_with_votes, vote_balance, vote_cut, vote_weight
 from .step import Part

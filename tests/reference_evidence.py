@@ -24,20 +24,30 @@ class Rule:
     @property
     def U(self): return self.best['high'] if self.tau is None else self.tau
     @property
+    def credit(self):
+        "How far contradictions count: not at all if the surest votes are hardly contradicted, or nothing is memorised"
+        if self.tau is not None or not self.rows: return 1
+        flat,row = self.flat,self.rows[-1]
+        if flat < .5: return 0
+        return min((flat-.5)/.2, 1)*np.clip(max((flat-.75)/.15, (row['inside']-row['out']-.01)/.04), 0, 1)
+
+    @property
+    def flat(self): return flat_of(self.rows)
+    @property
     def limit(self):
         "The upper end; nearer to the guess less a standard error, the fewer labels, and the better surer votes fit"
         if self.tau is not None: return self.tau
         b = self.best
         hard = np.clip((1-b['out']-b['sure'])/.1, 0, 1)*max(1-b['n']/1000, 0)
         error = math.sqrt(max(b['sure']*(1-b['sure']), 1/b['n'])/max(b['n']/2, 1))
-        return (1-hard)*b['high']+hard*max(b['rate']-error, 0)
+        return self.credit*((1-hard)*b['high']+hard*max(b['rate']-error, 0))
     @property
     def alike(self): return self.rows[-1]['alike'] if self.rows else 0
 
     @property
     def threshold(self):
         if not self.looks or self.alike < .25: return math.inf
-        U = min(max(self.U, .005), .995)
+        U = min(max(self.U*self.credit, .005), .995)
         doubt = max(math.log((1-self.alike)/self.alike), 0) if self.alike < 1 else 0
         return max(1.5, 2+math.log((1-U)/U))+doubt
 
@@ -45,7 +55,7 @@ class Rule:
     def R(self):
         if len(self.rows) < 2: return self.brake
         guess = self.best['rate'] if self.tau is None else self.tau
-        return max(self.brake, guess*np.clip((self.alike-.7)/.2, 0, 1))
+        return max(self.brake, self.credit*guess*np.clip((self.alike-.7)/.2, 0, 1))
 
     @property
     def lam(self): return .8*np.clip((self.rows[-1]['against']-.3)/.3, 0, 1) if self.rows else 0
@@ -103,7 +113,7 @@ class Rule:
         row = {name: np.mean([o[name] for o in hidden]) for name in ('out','inside','alike','against')}
         if self.k == 1: row['inside'] = np.mean(others)
         self.voted = voted
-        self.rows.append(row | wrong(hidden, row['out'], row['alike']))
+        self.rows.append(row | wrong(hidden, row['out'], row['alike'], self.rows))
         self.rows[-1]['cut'] = cut_of(hidden, self.rows[-1]['sure'])
         if len(self.rows) > 1:
             now,before = self.rows[-1],self.rows[max(len(self.rows)-3, 0)]
@@ -114,17 +124,38 @@ class Rule:
             if self.tau is None and sure <= 2*math.sqrt(max(sure*(1-sure), 1/n)/max(n/2, 1)): self.brake = 0
         return self.best['low'],self.best['high']
 
-def wrong(hidden, out, alike):
-    "How many labels are wrong, from the surest half of the votes for each class"
-    surest = 0
+def flat_of(rows):
+    "By what factor the surest votes of all are contradicted less than the surest half, over three epochs"
+    sure = sum(o['sure'] for o in rows[-3:])
+    return sum(o['floor'] for o in rows[-3:])/sure if sure else 1
+
+def errors_of(hidden, share):
+    "The share of labels that the surest votes for each class contradict"
+    wrong = 0
     for c in {o['vote'] for o in hidden}:
         votes = sorted([o for o in hidden if o['vote'] == c], key=lambda o: -o['conf'])
-        surest += np.mean([o['y'] != c for o in votes[:max(len(votes)//2, 1)]])*len(votes)/len(hidden)
+        wrong += np.mean([o['y'] != c for o in votes[:max(int(len(votes)*share), 1)]])*len(votes)/len(hidden)
+    return wrong
+
+def floor_of(hidden, half):
+    "Where the line through the errors of the surest half and of a smaller part ends, and a standard error"
+    part = np.clip(90/len(hidden), .1, .5)
+    if part > .4: return half
+    few = errors_of(hidden, part)
+    line = np.polynomial.Polynomial.fit([part/2, .25], [few, half], 1)
+    error = math.sqrt(max(few*(1-few), 1/(part*len(hidden)))/(part*len(hidden)))
+    return line(0)+error*.25/(.25-part/2)
+
+def wrong(hidden, out, alike, rows):
+    "How many labels are wrong, from the surest half of the votes for each class"
+    surest = errors_of(hidden, .5)
+    own = dict(sure=surest, floor=floor_of(hidden, surest))
+    flat = flat_of([*rows, own])
     gap = max(1-out-surest, 0)
     error = 2*math.sqrt(max(surest*(1-surest), 1/len(hidden))/max(len(hidden)/2, 1))
     high = min(min(1-out, surest+.25*gap+.03)+error, 1)
-    low = np.clip((alike-.5)/.3, 0, 1)*np.clip(surest-.75*gap-error, 0, high)
-    return dict(rate=min(max(surest-.2*gap, low), high), low=low, high=high, sure=surest, n=len(hidden))
+    low = np.clip((alike-.5)/.3, 0, 1)*np.clip((flat-.5)/.2, 0, 1)*np.clip(surest-.75*gap-error, 0, high)
+    return dict(rate=min(max(surest-.2*gap, low), high), low=low, high=high, n=len(hidden)) | own
 
 def cut_of(hidden, sure):
     "The least confidence from which on at least 50 votes are right, 95 in 100 of them, as far as labels can tell"

@@ -1,10 +1,11 @@
 "The default rule through a learner's life: frozen bodies, interruptions, GPUs, and what it is for."
 import copy, pytest, torch
-from fastai.vision.all import Callback, load_learner, nn, params
+from fastai.vision.all import (Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, load_learner, nn,
+    params, set_seed)
 from fastai_jocor.all import Checkpoint, JoCorCallback, Symmetric, jocor_mlp
 from fastai_jocor.evidence import Evidence, evidence_state, hidden_from, load_evidence
 from fastai_jocor.record import Sightings, lost_classes
-from learners import Step, digits, finite, same, tensors, weights
+from learners import Step, digits, finite, quiet, same, tensors, weights
 from sklearn.datasets import load_digits
 from sync import as_on_a_gpu
 from test_resume import same as same_state
@@ -198,3 +199,32 @@ def test_a_lost_class_is_named_once(recwarn):
 def test_no_class_is_lost_in_a_healthy_fit(noise):
     digits(noise).fit(8, 1e-2, cbs=(cb := JoCorCallback(k=2)))
     assert cb.estimate.trusted
+
+def overlapping(wrong=0., n=6000, **kwargs):
+    "A fit on ten classes that overlap, so that the best network is right for some 58 in 100"
+    gen = torch.Generator().manual_seed(0)
+    y,centres = torch.randint(0, 10, (n,), generator=gen),torch.randn(10, 16, generator=gen)
+    x = .5*centres[y]+torch.randn(n, 16, generator=gen)
+    other = torch.randint(0, 10, (n,), generator=gen)
+    given = torch.where(torch.rand(n, generator=gen) < wrong, other, y)
+    set_seed(0)
+    items = list(zip(x, given))
+    dls = DataLoaders(DataLoader(items, bs=64, shuffle=True, num_workers=0), DataLoader(items[:100], bs=100))
+    learn = quiet(Learner(dls, jocor_mlp(10, 16), loss_func=CrossEntropyLossFlat()))
+    learn.fit_one_cycle(8, 3e-3, cbs=(cb := JoCorCallback(k=3, **kwargs)))
+    return cb
+
+def test_hard_items_are_kept_if_their_labels_are_right():
+    cb,without = overlapping(),overlapping(without=('hardness',))
+    assert cb.evidence.flat < .5 and cb.evidence.credit == 0
+    assert cb.history.kept.iloc[-1] > .97 and cb.estimate.low < .03
+    assert without.history.kept.iloc[-1] < .92 and without.estimate.low > .06
+
+def test_hard_items_are_dropped_if_their_labels_are_wrong():
+    cb = overlapping(wrong=.4)
+    assert cb.evidence.credit > .6 and cb.history.kept.iloc[-1] < .75
+    assert cb.estimate.low < .36 < cb.estimate.high and cb.estimate.low > .2
+
+def test_hardness_does_not_matter_where_tau_is_known_or_labels_are_judged():
+    told,judges = overlapping(forget_rate=.2, n=2000),overlapping(hidden=1/3, n=2000)
+    assert told.evidence.flat < .6 and told.evidence.credit == judges.evidence.credit == 1

@@ -1,7 +1,7 @@
 "How many labels are wrong: the surest predictions against a loop written out, and what must hold of any interval."
 import numpy as np, pytest
 from hypothesis import given, strategies as st
-from fastai_jocor.interval import drop_limit, sure_error, wrong_share
+from fastai_jocor.interval import drop_limit, error_floor, sure_error, wrong_not_hard, wrong_share
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40), st.sampled_from((.25,.5,1.)),
        st.integers(0, 99))
@@ -36,6 +36,36 @@ def simulated(rate, skill, seed, n=3000, c=10):
     conf = rng.beta(skill, 1, n)
     predicted = np.where(rng.random(n) < conf, true, (true+rng.integers(1, c, n)) % c)
     return predicted,conf,labels
+
+def flat_of(predicted, conf, labels):
+    sure = sure_error(predicted, conf, labels)
+    return error_floor(predicted, conf, labels, sure)/sure
+
+@pytest.mark.parametrize('n', (400,1000,5000))
+def test_wrong_labels_are_told_from_hard_items(n):
+    wrong = [wrong_not_hard(flat_of(*simulated(.4, 20, seed, n))) for seed in range(20)]
+    hard = [wrong_not_hard(flat_of(*simulated(0., 2, seed, n))) for seed in range(20)]
+    assert np.mean(wrong) > .95 and np.mean(hard) < {400: .3, 1000: .1, 5000: .01}[n]
+
+@given(n=st.integers(225, 3000), a=st.floats(.05, .4), slope=st.floats(0, .6))
+def test_the_floor_is_where_a_line_of_errors_begins(n, a, slope):
+    rank = (np.arange(n)+.5)/n
+    errors = np.cumsum(a+slope*rank) # one more error whenever the sum passes an integer
+    labels = (np.diff(np.floor(errors), prepend=0) > 0).astype(int)
+    zeros = np.zeros(n, int)
+    share = min(.5, max(.1, 90/n))
+    sure = sure_error(zeros, 1-rank, labels)
+    m = share*n
+    surest = sure_error(zeros, 1-rank, labels, share)
+    error = .5/(.5-share)*(max(surest*(1-surest), 1/m)/m)**.5
+    found = error_floor(zeros, 1-rank, labels, sure)-error
+    assert found == pytest.approx(a, abs=(.5/(.5-share))*3/m)
+
+@given(out=part, sure=part, n=st.integers(1, 10**5), flat=st.floats(-1, 2))
+def test_hard_items_lower_the_lower_end_only(out, sure, n, flat):
+    (rate,low,high),(as_wrong,other,same) = wrong_share(out, sure, n, flat=flat),wrong_share(out, sure, n)
+    assert low <= other and high == same and rate <= as_wrong
+    assert low == 0 or flat > .5
 
 @pytest.mark.parametrize('rate', (0.,.1,.2,.4,.6))
 @pytest.mark.parametrize('skill', (2,4,20)) # right in 67%, 80% and 95%
