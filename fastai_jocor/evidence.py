@@ -9,6 +9,7 @@ __all__ = ['margin_threshold', 'doubt_of', 'commonness', 'evenness', 'protection
 
 # %% ../nbs/03e_evidence.ipynb #569a28fe
 import math, torch
+from fastcore.basics import patch
 from torch import Tensor
 from .losses import default_co_lambda
 from .ledger import NoiseEstimate
@@ -89,19 +90,6 @@ class Evidence:
         return max(self.rows, key=lambda row: row['out'], default=dict(out=0., rate=0., low=0., high=1., sure=1., n=1))
 
     @property
-    def flat(self):
-        "Are surer predictions contradicted as often as others? `floor` by `sure` over three epochs; near 1 if so"
-        sure,floor = (sum(row.get(o, row['sure']) for row in self.rows[-3:]) for o in ('sure','floor'))
-        return floor/sure if sure > 0 else 1.
-
-    @property
-    def credit(self):
-        "How far contradictions count as wrong labels: 1 if `tau` is given and in audits, 0 if items are only hard"
-        if self.tau is not None or self.judges or not self.rows or not self.has('hardness'): return 1.
-        now,flat = self.latest,self.flat
-        return wrong_not_hard(flat)*max(min((flat-.75)/.15, 1.), min((now['inside']-now['out']-.01)/.04, 1.), 0.)
-
-    @property
     def U(self):
         "Largest plausible share of wrong labels, in [0, 1]: τ, or the upper end of the interval"
         return self.best['high'] if self.tau is None else self.tau
@@ -125,6 +113,20 @@ class Evidence:
         "Weight of the contrast, in [0, 0.8]"
         if not self.has('contrast'): return 0.
         return default_co_lambda*min(1., max(0., (self.latest['against']-.3)/.3))
+
+# %% ../nbs/03e_evidence.ipynb #c4ed1701
+@patch(as_prop=True)
+def flat(self:Evidence)->float: # About 1 if so, smaller if not; below 0 if the surest are hardly contradicted
+    "Are surer predictions contradicted as often as others? `floor` divided by `sure`, over three epochs"
+    sure,floor = (sum(row.get(o, row['sure']) for row in self.rows[-3:]) for o in ('sure','floor'))
+    return floor/sure if sure > 0 else 1.
+
+@patch(as_prop=True)
+def credit(self:Evidence)->float: # In [0, 1]
+    "How far contradictions count as wrong labels: 1 if `tau` is given and in audits, 0 if items are only hard"
+    if self.tau is not None or self.judges or not self.rows or not self.has('hardness'): return 1.
+    now,flat = self.latest,self.flat
+    return wrong_not_hard(flat)*max(min((flat-.75)/.15, 1.), min((now['inside']-now['out']-.01)/.04, 1.), 0.)
 
 # %% ../nbs/03e_evidence.ipynb #5bdbb3b4
 _kept = ('margin','votes','running','brake','rows')
