@@ -67,8 +67,9 @@ def features5k(path, seed): return _some(features(path, seed), 5000, seed)
 def features10k(path, seed): return _some(features(path, seed), 10000, seed)
 def features1k(path, seed): return _some(features(path, seed), 1000, seed)
 def features500(path, seed): return _some(features(path, seed), 500, seed)
+
 def _fewer_numbers(d, n):
-    "Hard items: n numbers, the same ones in every run, tell of each what all of them told"
+    "Hard items: only n of the numbers that describe each, the same ones in every run"
     at = np.random.default_rng(0).permutation(d.x.shape[1])[:n]
     return d._replace(x=d.x[:,at], x_test=d.x_test[:,at])
 
