@@ -9,8 +9,7 @@ Each row of results/beyond.csv is one run. Rows that are there are not run again
 
 - `default` is `JoCorCallback(k=3)`;
 - `votes` is `JoCorCallback(k=3, plus='votes')`;
-- `elr`: early-learning regularisation (Liu et al. 2020) beside the default. Each item has a running mean of the
-  peers' mean probability (beta 0.7), from which no prediction should move away (weight 3: the paper's for CIFAR-10);
+- `early` is `JoCorCallback(k=3, plus='early')`: early-learning regularisation (Liu et al. 2020);
 - `mixup`: the kept items are mixed with one another after selection (Zhang et al. 2018), in a second forward pass;
 - `cascade`: the first peer trains on all items, the second where the first one predicts the label, the third where
   the second one does (after CUFIT, Yu et al. 2024, whose first network is a probe on the body, as here on features).
@@ -28,24 +27,6 @@ from everyday import Cell, Data, do_run, KEY, Method, rows, tables
 from everyday_data import *
 
 FILE = Path(__file__).resolve().parent/'results'/'beyond.csv'
-
-class EarlyLearningCallback(JoCorCallback):
-    "The default, with early-learning regularisation of all items"
-    def __init__(self, weight=3., beta=.7, **kwargs):
-        super().__init__(rule='evidence', **kwargs)
-        self.weight,self.beta,self.means = weight,beta,None
-
-    def batch_loss(self, logits, targ, R):
-        loss,times,losses = super().batch_loss(logits, targ, R)
-        s = self.selection
-        if self.finding: return loss, times, losses
-        if self.means is None: self.means = torch.zeros(len(self.source), logits.shape[-1], device=s.device)
-        with torch.no_grad():
-            mean = self.means[s.idx].lerp(s.pred.exp(), 1-self.beta)
-            self.means[s.idx] = mean
-        p = hide(s.log_probs, s.evidence.hidden[s.idx]).exp()
-        away = (1-(p*mean).sum(-1)).clamp_min(1e-4).log().sum(0)
-        return loss+self.weight*away.mean(), times, losses
 
 class MixKeptCallback(JoCorCallback):
     "The default, trained on mixtures of kept items"
@@ -88,7 +69,7 @@ class CascadeCallback(JoCorCallback):
 
 ways = dict(default=Method(callback=lambda tau: JoCorCallback(k=3)),
             votes=Method(callback=lambda tau: JoCorCallback(k=3, plus='votes')),
-            elr=Method(callback=lambda tau: EarlyLearningCallback(k=3)),
+            early=Method(callback=lambda tau: JoCorCallback(k=3, plus='early')),
             mixup=Method(callback=lambda tau: MixKeptCallback(k=3)),
             cascade=Method(callback=lambda tau: CascadeCallback(k=3)))
 everyday.methods.update(ways)

@@ -14,6 +14,7 @@ from .losses import (check_choice, check_co_lambda, check_contrast, check_number
                                  default_co_lambda, joint_loss, joint_loss_multi, peer_losses)
 from .selection import class_quantiles
 from .evidence import Evidence, evidence_state, hidden_from, load_evidence
+from .early import EarlyMeans
 from .prune import Prune
 from .batch import Selection
 from .state import FitState
@@ -44,7 +45,7 @@ class JoCorCallback(PeersCallback):
         balance:float=0., # Schedule: how far to make up for classes that have fallen behind, in [0, 1]
         rule:Literal['evidence','schedule']|None=None, # `None`: `schedule` if one of its arguments is given
         hidden:float|None=None, # Share of labels hidden from each peer, in [0, 1/k]; `None`: 0.1, or 1/k if less
-        plus:Literal['votes']|None=None, # `votes`: train on sure common votes too, above all of rejected items
+        plus:Literal['votes','early']|None=None, # Train on sure common votes too; or hold early predictions fast
         without:tuple=(), # For research: names of `Evidence.parts` to switch off
         **kwargs # `models`, `init`, `seed`, `restart`, `select`, `rounding`, `first_epoch`, `graphs`: `PeersCallback`
     ):
@@ -113,8 +114,8 @@ def _choose(self:JoCorCallback, rule):
 
 @patch
 def _check_plus(self:JoCorCallback, plus):
-    "Common votes need hidden labels, which tell how sure is sure enough"
-    check_choice('plus', plus, (None,'votes'))
+    "Both need hidden labels, which tell how sure is sure enough and how far peers know the same"
+    check_choice('plus', plus, (None,'votes','early'))
     if plus and self.rule == 'schedule':
         raise ValueError(f"plus={plus!r} needs rule='evidence': leave out the arguments of a schedule")
     if plus and self.hidden == 0:
@@ -199,7 +200,8 @@ def told(self:JoCorCallback)->list: # Of texts
 @patch
 def state_dict(self:JoCorCallback)->dict: # Of plain values and tensors
     "What an interrupted fit needs to go on"
-    return FitState.state_dict(self) | dict(evidence=evidence_state(self.evidence))
+    early = None if self.early is None else self.early.state()
+    return FitState.state_dict(self) | dict(evidence=evidence_state(self.evidence), early=early)
 
 @patch
 def load_state_dict(self:JoCorCallback,
@@ -213,6 +215,9 @@ def load_state_dict(self:JoCorCallback,
     e = Evidence(len(old['hidden']), self.k, old['running'].shape[1], 0, self.weigh.tau, device, self.without,
                  self.hidden)
     self.evidence = load_evidence(e, old)
+    if state.get('early') is None: return
+    self.early = EarlyMeans(e.n, e.n_classes, device)
+    self.early.load_state(state['early'])
 
 @patch
 def check_fit(self:JoCorCallback,

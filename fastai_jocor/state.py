@@ -99,7 +99,7 @@ class FitState:
 
     def forget(self):
         "Forget the ledger, the estimate, and how far the forget rate has risen"
-        self.items = self.estimate = self.evidence = None
+        self.items = self.estimate = self.evidence = self.early = None
         self.done = self.before = 0 # epochs trained in all fits, and before this one
         self.R = self.least = 0. # forget rate of the latest epoch, and of the last one before this fit
 

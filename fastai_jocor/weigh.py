@@ -14,6 +14,7 @@ from .evidence import (close_epoch, commonness, estimate_from, Evidence, forget_
                                    look_at_batch)
 from .untold import Untold
 from .votes import common_votes, split_with_votes, vote_balance, vote_cut, vote_weight
+from .early import early_loss, early_weight, EarlyMeans
 from .step import Part
 
 # %% ../nbs/07c_weigh.ipynb #5ca4ce02
@@ -44,7 +45,7 @@ class Weigh(Part):
     "Gather evidence of wrong labels and of memorising, and select by it"
     order = 6
     def before_fit(self):
-        if self.owner.restart and not self.owner.finding: self.owner.evidence = None
+        if self.owner.restart and not self.owner.finding: self.owner.evidence = self.owner.early = None
 
     def before_train(self):
         o = self.owner
@@ -92,11 +93,13 @@ class Weigh(Part):
             before = o.items.given_label[s.idx]
             if s.ignored is not None: before = before.masked_fill(s.ignored, -1)
             by = look_at_batch(e, s.pred, targ, s.idx, usable, forget_margins(e, targ, s.idx, before))
-            if o.k == 1: usable = _and(usable, hidden < 0)
-            times,n = self._select(e, by, usable)
+            told = _and(usable, hidden < 0) if o.k == 1 else usable
+            times,n = self._select(e, by, told)
         if s.bad is not None: ranked = ranked.masked_fill(s.bad, torch.inf)
-        if self.vote_weight: return self._with_votes(shown, losses, times, usable), times, ranked
-        return o.mean_kept(losses, times.to(losses.dtype), n), times, ranked
+        if self.vote_weight: return self._with_votes(shown, losses, times, told), times, ranked
+        loss = o.mean_kept(losses, times.to(losses.dtype), n)
+        if o.plus == 'early': loss = loss+self._hold_early(shown[1], usable)
+        return loss, times, ranked
 
 def _and(a, b): return b if a is None else a & b
 
@@ -123,10 +126,10 @@ def learned(self:Weigh,
     if s.world > 1:
         torch.distributed.all_reduce(e.running)
         e.running /= s.world
-        e.untold.put(*map(gather_rows, e.untold.take_fresh()))
+        for known in filter(None, (e.untold, o.early)): known.put(*map(gather_rows, known.take_fresh()))
     close_epoch(e, seen, hold=self.frozen)
     if o.hidden is None and len(e.rows) == 1: tell_scarce(e, seen)
-    if o.plus and e.rows: e.rows[-1]['cut'] = self._cut(seen, e.rows[-1]['sure'])
+    if o.plus == 'votes' and e.rows: e.rows[-1]['cut'] = self._cut(seen, e.rows[-1]['sure'])
     agree = seen['agree'].cpu().double()
     o.estimate = est = estimate_from(e, 1-float(agree.mean()) if len(agree) else 0.)
     o.record.figures |= dict(noise_low=est.low, noise_high=est.high)
@@ -159,3 +162,20 @@ def _with_votes(self:Weigh, shown, losses, times, usable):
 def _cut(self:Weigh, seen, wrong):
     hidden = seen['hidden'] >= 0
     return vote_cut(*[seen[name][hidden].cpu().numpy() for name in ('own_conf','out')], wrong)
+
+# %% ../nbs/07c_weigh.ipynb #c0770e54
+@patch
+def _hold_early(self:Weigh, log_probs, usable):
+    "The mean `early_loss` of the usable items, with its weight; the running means are updated"
+    o,s = self.owner,self.learn.selection
+    e,p = s.evidence,s.pred.exp()
+    if o.early is None: o.early = EarlyMeans(len(o.source), e.n_classes, s.device)
+    mean = o.early.update(s.idx, p, usable)
+    if self.frozen or not e.rows: return 0.
+    weight = early_weight(e.latest['alike'], self.learn.pct_train)
+    if not weight: return 0.
+    away = early_loss(log_probs, mean)
+    if usable is None: return weight*away.mean()
+    n = usable.sum()
+    if s.across: torch.distributed.all_reduce(n)
+    return weight*torch.where(usable, away, 0.).sum()*s.world/n.clamp_min(1)

@@ -47,7 +47,7 @@ def _step(part, loss, pred, yb, guard):
     gpu = FakeGPU()
     gpu.old.append((vars(learn), dict(vars(learn))))
     untold = None if s.evidence is None else s.evidence.untold
-    for o in (s, owner.record.sightings, s.evidence, untold, owner.items):
+    for o in (s, owner.record.sightings, s.evidence, untold, owner.items, getattr(owner, 'early', None)):
         if o is not None: gpu.move(vars(o))
     for f in (s.per_sample, s.unweighted):
         ce = cross_entropy_of(f.args[0]) if f is not None and f.args else None

@@ -16,6 +16,7 @@ class Rule:
         self.brake = self.owed = 0.
         self.voted = {} # of a single network, in the epoch before
         self.rows,self.by_margin,self.by_floor,self.voted_for = [],0,0,0
+        self.means,self.held_fast = {},0.
 
     @property
     def best(self):
@@ -185,7 +186,20 @@ def with_votes(zs, values, y, kept, hidden, rule, pct):
     total = sum(w*o for each,shares in zip(losses, (given, voted)) for w,o in zip(shares, each) if w)
     return total/(sum(given)+sum(voted)), sum(o > 0 and i not in kept for i,o in enumerate(voted))
 
-def train(nets, batches, items, hidden, lr, n_classes=10, votes=False, **kwargs):
+def held_fast(zs, values, hidden, idx, rule, pct):
+    "What is added to the loss so that predictions stay near their running means (Liu et al. 2020)"
+    total = 0.
+    for j,(i,peer) in enumerate(zip(idx, hidden)):
+        p = softmax(values[:,j]).mean(0)
+        rule.means[i] = p if i not in rule.means else .7*rule.means[i]+.3*p
+        t = torch.as_tensor(rule.means[i])
+        total = total+sum(torch.log(1-(z[j].softmax(-1)*t).sum()) for z in zs)
+    if not rule.rows: return 0.
+    weight = 2*np.clip((rule.rows[-1]['alike']-.5)/.3, 0, 1)*np.clip((pct-.2)/.3, 0, 1)
+    rule.held_fast = max(rule.held_fast, weight)
+    return weight*total/len(idx)
+
+def train(nets, batches, items, hidden, lr, n_classes=10, votes=False, early=False, **kwargs):
     "Train peers on batches `(epoch, x, y)`; gives the rule, the kept places of each batch, R and λ, and the interval"
     rule,opt = Rule(hidden, len(nets), n_classes, **kwargs),reference.adam(nets, lr)
     kept,rates,ends,seen,at = [],[],[],[],None
@@ -204,6 +218,7 @@ def train(nets, batches, items, hidden, lr, n_classes=10, votes=False, **kwargs)
             loss,n = with_votes(shown, values, y, kept[-1], from_whom, rule, i/len(batches))
             rule.voted_for += n
         else: loss = reference.joint_losses(shown, y, rule.lam)[torch.as_tensor(kept[-1])].mean()
+        if early: loss = loss+held_fast(shown, values, from_whom, idx, rule, i/len(batches))
         reference.step(opt, loss)
     ends.append(rule.close(seen))
     return rule,kept,rates,ends

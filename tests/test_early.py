@@ -1,0 +1,199 @@
+"Early-learning regularisation: against a loop written out, and in a learner's life."
+import copy, numpy as np, pytest, torch
+from hypothesis import given, settings, strategies as st
+from fastai.vision.all import BCEWithLogitsLossFlat, nn
+from fastai_jocor import weigh
+from fastai_jocor.all import JoCorCallback, Symmetric
+from fastai_jocor.early import early_loss, early_weight, EarlyMeans
+from fastai_jocor.evidence import hidden_from
+from fake_gpu import watch
+from learners import Record, Step, digits, digits64, mlps64, same, tensors, weights
+from sync import as_on_a_gpu
+from test_class_weights import A_FIFTH, partly_labelled
+from test_evidence_fits import resumed, split
+import reference, reference_evidence
+
+pytestmark = pytest.mark.filterwarnings('ignore:the peers have not learned')
+
+# --- the functions
+
+@settings(max_examples=30)
+@given(n_classes=st.integers(2, 25), seed=st.integers(0, 99), beta=st.sampled_from((0., .5, .9)))
+def test_running_means(n_classes, seed, beta):
+    "Against a loop; of the classes, ten are remembered"
+    rng = np.random.default_rng(seed)
+    means,known = EarlyMeans(6, n_classes, beta=beta),{}
+    for _ in range(4):
+        idx = rng.permutation(6)[:4]
+        p = rng.dirichlet(np.ones(n_classes), 4)
+        usable = rng.uniform(size=4) < .7
+        got = means.update(torch.tensor(idx), torch.tensor(p), torch.tensor(usable))
+        for i,p_i,use,row in zip(idx, p, usable, got.numpy()):
+            old = known.get(i, np.zeros(n_classes))
+            now = (p_i if i not in known else beta*old+(1-beta)*p_i) if use else old
+            assert row == pytest.approx(now, abs=1e-5)
+            least = np.sort(now)[-min(10, n_classes)]
+            if use: known[i] = np.where(now >= least, now, 0)
+    for i in range(6):
+        kept = means.mean(torch.tensor([i]))[0].numpy()
+        assert kept == pytest.approx(known.get(i, np.zeros(n_classes)), abs=1e-5)
+
+@settings(max_examples=30)
+@given(k=st.integers(1, 4), n=st.integers(1, 6), seed=st.integers(0, 99))
+def test_early_loss(k, n, seed):
+    "The definition and its gradient, one item and one peer after the other"
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(k, n, 3, generator=g, dtype=torch.float64).mul(2).requires_grad_()
+    t = torch.randn(n, 3, generator=g, dtype=torch.float64).softmax(-1)
+    got = early_loss(z.log_softmax(-1), t)
+    got.sum().backward()
+    p = reference_evidence.softmax(z.detach().numpy())
+    for i in range(n):
+        with_t = [float(p[m,i] @ t[i].numpy()) for m in range(k)]
+        assert got[i].item() == pytest.approx(sum(np.log(1-o) for o in with_t))
+        for m,o in enumerate(with_t):
+            assert z.grad[m,i].numpy() == pytest.approx(p[m,i]*(o-t[i].numpy())/(1-o))
+
+def test_a_sure_prediction_has_a_finite_loss():
+    z = torch.tensor([[[90.,0]]], requires_grad=True)
+    loss = early_loss(z.log_softmax(-1), torch.tensor([[1.,0]]))
+    loss.sum().backward()
+    assert loss.isfinite().all() and z.grad.isfinite().all()
+
+def test_early_weight():
+    assert [early_weight(o, 1.) for o in (0, .5, .65, .8, 1)] == pytest.approx([0, 0, 1, 2, 2])
+    assert [early_weight(1., o) for o in (0, .2, .35, .5, 1)] == pytest.approx([0, 0, 1, 2, 2])
+
+def test_what_other_processes_get():
+    a,b = EarlyMeans(5, 12),EarlyMeans(5, 12)
+    a.update(torch.tensor([1,4]), torch.rand(2, 12).softmax(-1))
+    b.put(*a.take_fresh())
+    assert torch.equal(a.table, b.table) and len(a.take_fresh()[0]) == 0
+    assert (b.table[[1,4]].sum(-1) > 0).all() and not b.table[[0,2,3]].any()
+
+# --- a fit
+
+def at_once(monkeypatch, weight=1.5):
+    "The weight from the second epoch on, however little the peers know"
+    monkeypatch.setattr(weigh, 'early_weight', lambda alike, pct: weight)
+
+@pytest.mark.parametrize('k', (1,3))
+def test_same_as_a_loop(k):
+    learn,rec,nets = digits64(),Record(),mlps64(k)
+    twins = copy.deepcopy(nets)
+    cb = JoCorCallback(k=k, models=nets, plus='early')
+    learn.fit(6, 1e-2, cbs=[cb, rec])
+    rule,*_ = reference_evidence.train(twins, rec.batches, rec.items(learn), hidden_from(1200, k), 1e-2, early=True)
+    reference.assert_same_weights(learn.model.peers, twins)
+    for i,mean in rule.means.items(): assert cb.early.mean(torch.tensor([i]))[0].numpy() == pytest.approx(mean, abs=1e-6)
+    assert rule.held_fast > .1 and len(rule.means) == 1200
+
+@pytest.mark.parametrize('no_label', (-100,3))
+def test_an_item_without_a_label_is_left_out(no_label, monkeypatch):
+    at_once(monkeypatch)
+    learn,_ = partly_labelled(no_label, A_FIFTH)
+    cb,seen = JoCorCallback(models=mlps64(2), plus='early'),[]
+    learn.fit(1, 1e-2, cbs=cb)
+    def look(l):
+        s = l.selection
+        z = s.logits.clone().requires_grad_()
+        s.log_probs = z.log_softmax(-1)
+        cb.weigh.loss(z, s.targ)[0].backward()
+        got,rejected = (z.grad != 0).any(-1).any(0),(s.kept == 0) & ~s.ignored
+        assert not got[s.ignored].any() and got[rejected].all()
+        assert not cb.early.mean(s.idx[s.ignored]).any() and cb.early.mean(s.idx[~s.ignored]).any(-1).all()
+        seen.append(int(s.ignored.sum()))
+    learn.fit(1, 1e-2, cbs=[cb, Step(look)])
+    assert sum(seen) > 20
+
+def test_hidden_items_give_no_gradient(monkeypatch):
+    at_once(monkeypatch)
+    learn,seen = digits64(),[]
+    cb = JoCorCallback(k=3, co_lambda=.5, models=mlps64(3), plus='early')
+    learn.fit(1, 1e-2, cbs=cb)
+    def look(l):
+        s = l.selection
+        z = s.logits.clone().requires_grad_()
+        s.log_probs = z.log_softmax(-1)
+        cb.weigh.loss(z, s.targ)[0].backward()
+        hidden = s.evidence.hidden[s.idx] == torch.arange(3)[:,None]
+        assert not z.grad[hidden].any() and z.grad[~hidden].any(-1).all()
+        seen.append(int(hidden.sum()))
+    learn.fit(1, 1e-2, cbs=[cb, Step(look)])
+    assert sum(seen) > 100
+
+# --- a learner's life
+
+def test_a_resumed_fit_ends_with_the_same_bits(tmp_path, monkeypatch):
+    at_once(monkeypatch)
+    (a,one),(b,two) = [resumed(tmp_path/str(len(o)), o, 4, plus='early') for o in ((), (1,3))]
+    (c,none) = resumed(tmp_path/'without', (), 4)
+    assert same(weights(a.model), weights(b.model)) and not same(weights(a.model), weights(c.model))
+    assert torch.equal(one.early.table, two.early.table) and none.early is None
+
+def test_means_last_until_a_fit_starts_over(monkeypatch):
+    at_once(monkeypatch)
+    learn,cb = digits(),JoCorCallback(plus='early')
+    learn.fit(1, 1e-3, cbs=cb)
+    first = cb.early
+    learn.fit(1, 1e-3, cbs=cb)
+    assert cb.early is first
+    cb.restart = True
+    learn.fit(1, 1e-3, cbs=cb)
+    assert cb.early is not first
+    cb.forget()
+    assert cb.early is None
+
+@pytest.mark.parametrize('loss', ({}, dict(weight=torch.linspace(.5, 2, 10), ignore_index=3)))
+def test_the_step_does_not_synchronise(loss, monkeypatch):
+    at_once(monkeypatch)
+    def trained():
+        learn = digits(loss_func=nn.CrossEntropyLoss(**loss))
+        learn.fit(2, 1e-2, cbs=JoCorCallback(k=3, seed=1, plus='early'))
+        return weights(learn.model)
+    loose,seen = trained(),[]
+    as_on_a_gpu(monkeypatch, seen)
+    tight = trained()
+    assert seen and all(torch.allclose(p, q, atol=1e-5) for p,q in zip(loose, tight, strict=True))
+
+def test_a_step_on_a_gpu(monkeypatch):
+    at_once(monkeypatch)
+    seen = watch(monkeypatch)
+    digits().fit(2, 1e-3, cbs=JoCorCallback(k=3, plus='early'))
+    assert len(seen) == 2 and all(o.device.type == 'cuda' and len(o) for cols in seen for o in cols.values())
+
+def test_a_frozen_body_and_lr_find(monkeypatch):
+    "With a frozen body means are gathered, and nothing is held fast; `lr_find` leaves no trace"
+    asked = []
+    monkeypatch.setattr(weigh, 'early_weight', lambda alike, pct: asked.append(bool(learn.opt.frozen_idx)) or 1.)
+    learn = digits(cbs=(cb := JoCorCallback(k=2, plus='early')), splitter=split)
+    learn.fine_tune(2, 1e-2, freeze_epochs=2)
+    assert asked and not any(asked)
+    before,table,n = weights(learn.model),cb.early.table.clone(),len(asked)
+    assert (table[:,0] > 0).all()
+    learn.lr_find(num_it=5, show_plot=False)
+    assert same(before, weights(learn.model)) and torch.equal(table, cb.early.table) and len(asked) == n
+
+def test_several_labels_are_refused():
+    x,y = torch.randn(64, 4),torch.randint(0, 2, (64, 3)).float()
+    learn = tensors(x, y, nn.Linear(4, 3), loss_func=BCEWithLogitsLossFlat())
+    with pytest.raises(ValueError, match="plus='early' needs one class per item"):
+        learn.fit(1, cbs=JoCorCallback(plus='early'))
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match='hidden=0 hides none'): JoCorCallback(plus='early', hidden=0)
+    with pytest.raises(ValueError, match="did you mean 'early'"): JoCorCallback(plus='earl')
+
+# --- what it is for
+
+def test_wrong_labels_are_not_learned_by_heart():
+    "Four of five labels are wrong: fewer wrong labels are predicted, and no fewer classes"
+    found = []
+    for plus in (None,'early'):
+        learn = digits(Symmetric(.8), 1)
+        learn.fit_one_cycle(30, 2e-2, cbs=(cb := JoCorCallback(k=3, plus=plus)))
+        wrong = torch.as_tensor(learn.dls.noise.flipped)
+        by_heart = (cb.items.predicted_label == cb.items.given_label)[wrong]
+        found.append((float(by_heart.float().mean()), learn.recorder.values[-1][2]))
+    (without,before),(held,after) = found
+    assert held < .8*without and after > before-.02, found
