@@ -26,18 +26,19 @@ class Keep(Callback):
         s = self.learn.selection
         self.counts.append((float(s.kept.sum()), s.n))
 
-def main(out, spoilt):
+def main(out, spoilt, plus):
     torch.manual_seed(100+rank_distrib())
     dls = digits_dls(noise=Symmetric(.5), bs=32, drop_last=True, valid=.2, device='cpu')
     loss = nn.CrossEntropyLoss(ignore_index=3) if spoilt else nn.CrossEntropyLoss()
     learn = Learner(dls, Net(), loss_func=loss, opt_func=lambda ps, **kw: OptimWrapper(ps, opt=torch.optim.SGD, **kw))
     learn.logger = noop
-    cb,keep = JoCorCallback(k=3, seed=0),Keep()
+    cb,keep = JoCorCallback(k=3, seed=0, plus=plus or None),Keep()
     with learn.distrib_ctx(sync_bn=False), loaders_talk_over_the_cpu():
         if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
         learn.fit(8, .5, cbs=[cb, keep] + [Spoil()]*spoilt)
     found = dict(evidence=evidence_state(cb.evidence), history=cb.history.to_dict('list'), final=weights(learn),
-                 counts=keep.counts, estimate=cb.estimate, rate=dls.noise.rate)
+                 counts=keep.counts, estimate=cb.estimate, rate=dls.noise.rate,
+                 early=None if cb.early is None else cb.early.table)
     torch.save(found, Path(out)/f'rank{rank_distrib()}.pt')
 
-if __name__ == '__main__': main(sys.argv[1], int(sys.argv[2]))
+if __name__ == '__main__': main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
