@@ -70,7 +70,9 @@ def early_loss(
 
 def early_weight(
     alike:float, # Share of items on which a peer votes as those that know the label, in [0, 1]
+    gap:float, # How much more often labels are predicted by peers that know them than by others, in [-1, 1]
     pct:float # Share of the fit that is over, in [0, 1]
 )->float: # In [0, 2]
-    "The weight of `early_loss`"
-    return 2*vote_weight(alike, pct)
+    "The weight of `early_loss`: 0 unless peers memorise"
+    memorised = (gap-.01)/.04
+    return 2*vote_weight(alike, pct)*min(1., max(0., memorised))

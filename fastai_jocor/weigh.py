@@ -75,33 +75,35 @@ class Weigh(Part):
         if o.co_lambda is not None: return o.co_lambda
         return 0. if self.frozen or o.evidence is None else o.evidence.co_lambda
 
-    def loss(self,
-        logits:Tensor, # Logits of the peers, shape (k, N, C)
-        targ:Tensor # Given labels, shape (N,)
-    )->tuple: # Loss to train on; how often each item is kept, shape (N,); losses without class weights, shape (N,)
-        "The mean joint loss of the kept items"
-        o,s = self.owner,self.learn.selection
-        if o.finding:
-            ranked,losses = o.joint_losses(logits, s.log_probs, targ)
-            return o.keep_small(losses, 0., ranked)
-        e = s.evidence or self._begin(s)
-        hidden = e.hidden[s.idx]
-        shown = logits if s.per_sample is None else hide(logits, hidden),hide(s.log_probs, hidden)
-        ranked,losses = o.joint_losses(*shown, targ)
-        usable = s.usable if s.unweighted is None else _and(s.usable, losses.detach().isfinite())
-        with torch.no_grad():
-            before = o.items.given_label[s.idx]
-            if s.ignored is not None: before = before.masked_fill(s.ignored, -1)
-            by = look_at_batch(e, s.pred, targ, s.idx, usable, forget_margins(e, targ, s.idx, before))
-            told = _and(usable, hidden < 0) if o.k == 1 else usable
-            times,n = self._select(e, by, told)
-        if s.bad is not None: ranked = ranked.masked_fill(s.bad, torch.inf)
-        if self.vote_weight: return self._with_votes(shown, losses, times, told), times, ranked
-        loss = o.mean_kept(losses, times.to(losses.dtype), n)
-        if o.plus == 'early': loss = loss+self._hold_early(shown[1], usable)
-        return loss, times, ranked
-
+# %% ../nbs/07c_weigh.ipynb #ab142987
 def _and(a, b): return b if a is None else a & b
+
+@patch
+def loss(self:Weigh,
+    logits:Tensor, # Logits of the peers, shape (k, N, C)
+    targ:Tensor # Given labels, shape (N,)
+)->tuple: # Loss to train on; how often each item is kept, shape (N,); losses without class weights, shape (N,)
+    "The mean joint loss of the kept items"
+    o,s = self.owner,self.learn.selection
+    if o.finding:
+        ranked,losses = o.joint_losses(logits, s.log_probs, targ)
+        return o.keep_small(losses, 0., ranked)
+    e = s.evidence or self._begin(s)
+    hidden = e.hidden[s.idx]
+    shown = logits if s.per_sample is None else hide(logits, hidden),hide(s.log_probs, hidden)
+    ranked,losses = o.joint_losses(*shown, targ)
+    usable = s.usable if s.unweighted is None else _and(s.usable, losses.detach().isfinite())
+    with torch.no_grad():
+        before = o.items.given_label[s.idx]
+        if s.ignored is not None: before = before.masked_fill(s.ignored, -1)
+        by = look_at_batch(e, s.pred, targ, s.idx, usable, forget_margins(e, targ, s.idx, before))
+        told = _and(usable, hidden < 0) if o.k == 1 else usable
+        times,n = self._select(e, by, told)
+    if s.bad is not None: ranked = ranked.masked_fill(s.bad, torch.inf)
+    if self.vote_weight: return self._with_votes(shown, losses, times, told), times, ranked
+    loss = o.mean_kept(losses, times.to(losses.dtype), n)
+    if o.plus == 'early': loss = loss+self._hold_early(shown[1], usable)
+    return loss, times, ranked
 
 # %% ../nbs/07c_weigh.ipynb #ab142986
 @patch
@@ -168,11 +170,12 @@ def _cut(self:Weigh, seen, wrong):
 def _hold_early(self:Weigh, log_probs, usable):
     "The mean `early_loss` of the usable items, with its weight; the running means are updated"
     o,s = self.owner,self.learn.selection
-    e,p = s.evidence,s.pred.exp()
+    e = s.evidence
     if o.early is None: o.early = EarlyMeans(len(o.source), e.n_classes, s.device)
-    mean = o.early.update(s.idx, p, usable)
+    mean = o.early.update(s.idx, s.pred.exp(), usable)
     if self.frozen or not e.rows: return 0.
-    weight = early_weight(e.latest['alike'], self.learn.pct_train)
+    gap = e.latest['inside']-e.latest['out']
+    weight = early_weight(e.latest['alike'], gap, self.learn.pct_train)
     if not weight: return 0.
     away = early_loss(log_probs, mean)
     if usable is None: return weight*away.mean()

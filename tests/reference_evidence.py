@@ -195,7 +195,9 @@ def held_fast(zs, values, hidden, idx, rule, pct):
         t = torch.as_tensor(rule.means[i])
         total = total+sum(torch.log(1-(z[j].softmax(-1)*t).sum()) for z in zs)
     if not rule.rows: return 0.
-    weight = 2*np.clip((rule.rows[-1]['alike']-.5)/.3, 0, 1)*np.clip((pct-.2)/.3, 0, 1)
+    row = rule.rows[-1]
+    weight = 2*np.clip((row['alike']-.5)/.3, 0, 1)*np.clip((pct-.2)/.3, 0, 1)
+    weight *= np.clip((row['inside']-row['out']-.01)/.04, 0, 1)
     rule.held_fast = max(rule.held_fast, weight)
     return weight*total/len(idx)
 

@@ -61,8 +61,9 @@ def test_a_sure_prediction_has_a_finite_loss():
     assert loss.isfinite().all() and z.grad.isfinite().all()
 
 def test_early_weight():
-    assert [early_weight(o, 1.) for o in (0, .5, .65, .8, 1)] == pytest.approx([0, 0, 1, 2, 2])
-    assert [early_weight(1., o) for o in (0, .2, .35, .5, 1)] == pytest.approx([0, 0, 1, 2, 2])
+    assert [early_weight(o, .1, 1.) for o in (0, .5, .65, .8, 1)] == pytest.approx([0, 0, 1, 2, 2])
+    assert [early_weight(1., o, 1.) for o in (-.2, .01, .03, .05, 1)] == pytest.approx([0, 0, 1, 2, 2])
+    assert [early_weight(1., .1, o) for o in (0, .2, .35, .5, 1)] == pytest.approx([0, 0, 1, 2, 2])
 
 def test_what_other_processes_get():
     a,b = EarlyMeans(5, 12),EarlyMeans(5, 12)
@@ -75,7 +76,7 @@ def test_what_other_processes_get():
 
 def at_once(monkeypatch, weight=1.5):
     "The weight from the second epoch on, however little the peers know"
-    monkeypatch.setattr(weigh, 'early_weight', lambda alike, pct: weight)
+    monkeypatch.setattr(weigh, 'early_weight', lambda *args: weight)
 
 @pytest.mark.parametrize('k', (1,3))
 def test_same_as_a_loop(k):
@@ -85,7 +86,8 @@ def test_same_as_a_loop(k):
     learn.fit(6, 1e-2, cbs=[cb, rec])
     rule,*_ = reference_evidence.train(twins, rec.batches, rec.items(learn), hidden_from(1200, k), 1e-2, early=True)
     reference.assert_same_weights(learn.model.peers, twins)
-    for i,mean in rule.means.items(): assert cb.early.mean(torch.tensor([i]))[0].numpy() == pytest.approx(mean, abs=1e-6)
+    for i,mean in rule.means.items():
+        assert cb.early.mean(torch.tensor([i]))[0].numpy() == pytest.approx(mean, abs=1e-6)
     assert rule.held_fast > .1 and len(rule.means) == 1200
 
 @pytest.mark.parametrize('no_label', (-100,3))
@@ -165,7 +167,7 @@ def test_a_step_on_a_gpu(monkeypatch):
 def test_a_frozen_body_and_lr_find(monkeypatch):
     "With a frozen body means are gathered, and nothing is held fast; `lr_find` leaves no trace"
     asked = []
-    monkeypatch.setattr(weigh, 'early_weight', lambda alike, pct: asked.append(bool(learn.opt.frozen_idx)) or 1.)
+    monkeypatch.setattr(weigh, 'early_weight', lambda *args: asked.append(bool(learn.opt.frozen_idx)) or 1.)
     learn = digits(cbs=(cb := JoCorCallback(k=2, plus='early')), splitter=split)
     learn.fine_tune(2, 1e-2, freeze_epochs=2)
     assert asked and not any(asked)
