@@ -45,7 +45,7 @@ class JoCorCallback(PeersCallback):
         balance:float=0., # Schedule: how far to make up for classes that have fallen behind, in [0, 1]
         rule:Literal['evidence','schedule']|None=None, # `None`: `schedule` if one of its arguments is given
         hidden:float|None=None, # Share of labels hidden from each peer, in [0, 1/k]; `None`: 0.1, or 1/k if less
-        plus:Literal['votes','early']|None=None, # Train on sure common votes too; or hold early predictions fast
+        plus:Literal['votes','early']|None=None, # Train on sure common votes too; or pull towards early predictions
         without:tuple=(), # For research: names of `Evidence.parts` to switch off
         **kwargs # `models`, `init`, `seed`, `restart`, `select`, `rounding`, `first_epoch`, `graphs`: `PeersCallback`
     ):
@@ -114,7 +114,7 @@ def _choose(self:JoCorCallback, rule):
 
 @patch
 def _check_plus(self:JoCorCallback, plus):
-    "Both need hidden labels, which tell how sure is sure enough and how far peers know the same"
+    "Both need hidden labels, which tell how sure is sure enough, and whether peers memorise"
     check_choice('plus', plus, (None,'votes','early'))
     if plus and self.rule == 'schedule':
         raise ValueError(f"plus={plus!r} needs rule='evidence': leave out the arguments of a schedule")
@@ -215,6 +215,7 @@ def load_state_dict(self:JoCorCallback,
     e = Evidence(len(old['hidden']), self.k, old['running'].shape[1], 0, self.weigh.tau, device, self.without,
                  self.hidden)
     self.evidence = load_evidence(e, old)
+    self.early = None
     if state.get('early') is None: return
     self.early = EarlyMeans(e.n, e.n_classes, device)
     self.early.load_state(state['early'])

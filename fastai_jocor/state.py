@@ -90,6 +90,7 @@ def _same_items(self:ItemSource, old):
 # %% ../nbs/06b_state.ipynb #fc19ae0c
 class FitState:
     "What a `PeersCallback` remembers of its fits"
+    early = None # the `EarlyMeans` of `JoCorCallback(plus='early')`
     def start_anew(self):
         self.source,self.rows,self.known_noise = ItemSource(),[],None
         self.selection = Selection()
@@ -142,7 +143,7 @@ class FitState:
     def learned(self, seen): "Take up what an epoch has shown of each item"
     def labels_changed(self):
         "Forget how many labels looked wrong, because most labels have changed since"
-        self.estimate = None
+        self.estimate = self.early = None
         if self.evidence is not None: self.evidence.rows,self.evidence.brake = [],0.
 
     _kept = ('rows','done','before','R','least','gradual','warm_up')

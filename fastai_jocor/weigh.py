@@ -128,7 +128,9 @@ def learned(self:Weigh,
     if s.world > 1:
         torch.distributed.all_reduce(e.running)
         e.running /= s.world
-        for known in filter(None, (e.untold, o.early)): known.put(*map(gather_rows, known.take_fresh()))
+    for known in filter(None, (e.untold, o.early)):
+        fresh = known.take_fresh()
+        if s.world > 1: known.put(*map(gather_rows, fresh))
     close_epoch(e, seen, hold=self.frozen)
     if o.hidden is None and len(e.rows) == 1: tell_scarce(e, seen)
     if o.plus == 'votes' and e.rows: e.rows[-1]['cut'] = self._cut(seen, e.rows[-1]['sure'])
@@ -178,7 +180,10 @@ def _hold_early(self:Weigh, log_probs, usable):
     weight = early_weight(e.latest['alike'], gap, self.learn.pct_train)
     if not weight: return 0.
     away = early_loss(log_probs, mean)
-    if usable is None: return weight*away.mean()
-    n = usable.sum()
-    if s.across: torch.distributed.all_reduce(n)
-    return weight*torch.where(usable, away, 0.).sum()*s.world/n.clamp_min(1)
+    if usable is None and not s.across: return weight*away.mean()
+    if usable is None: usable = torch.ones_like(away, dtype=torch.bool) # others may have items that are not
+    total,n = torch.where(usable, away, 0.).sum(),usable.sum()
+    if s.across:
+        torch.distributed.all_reduce(n)
+        total = total*s.world
+    return weight*total/n.clamp_min(1)

@@ -9,7 +9,7 @@ from fastai_jocor.evidence import hidden_from
 from fake_gpu import watch
 from learners import Record, Step, digits, digits64, mlps64, same, tensors, weights
 from sync import as_on_a_gpu
-from test_class_weights import A_FIFTH, partly_labelled
+from test_class_weights import A_FIFTH, partly_labelled, WEIGHT
 from test_evidence_fits import resumed, split
 import reference, reference_evidence
 
@@ -108,6 +108,34 @@ def test_an_item_without_a_label_is_left_out(no_label, monkeypatch):
     learn.fit(1, 1e-2, cbs=[cb, Step(look)])
     assert sum(seen) > 20
 
+@pytest.mark.parametrize('without', (A_FIFTH, torch.zeros_like(A_FIFTH)))
+def test_the_mean_of_usable_items(without, monkeypatch):
+    "Whatever the class weights, and in a process that selects for itself, as in a single one"
+    at_once(monkeypatch)
+    learn,_ = partly_labelled(-100, without)
+    learn.loss_func = nn.CrossEntropyLoss(weight=WEIGHT, ignore_index=-100)
+    cb,seen = JoCorCallback(models=mlps64(2), plus='early'),[]
+    learn.fit(1, 1e-2, cbs=cb)
+    def look(l):
+        s = l.selection
+        own = torch.where(s.kept > 0, cb.joint_losses(s.logits, s.log_probs, s.targ)[1], 0.).sum()
+        own = own/(s.kept*s.weight[s.targ]).sum()
+        t = cb.early.mean(s.idx)
+        each = [sum(np.log(1-float(p[i] @ t[i].double())) for p in s.log_probs.detach().exp()) for i in range(s.n)]
+        used = [each[i] for i in range(s.n) if not without[s.idx][i]]
+        assert l.loss_grad.item()-own.item() == pytest.approx(1.5*np.mean(used), abs=1e-5)
+        seen.append(len(used))
+        if len(seen) > 1: return
+        usable = s.usable if s.usable is not None else torch.ones(s.n, dtype=torch.bool)
+        cb.early.beta = 1. # the means stay as they are
+        alone = [cb.weigh._hold_early(s.log_probs, o).item() for o in (None, usable)]
+        s.world = 2
+        assert alone == pytest.approx([cb.weigh._hold_early(s.log_probs, o).item() for o in (None, usable)])
+        assert alone[1] == pytest.approx(1.5*np.mean(used), abs=1e-5)
+        s.world,cb.early.beta = 1,.7
+    learn.fit(1, 1e-2, cbs=[cb, Step(look)])
+    assert sum(seen) > 400
+
 def test_hidden_items_give_no_gradient(monkeypatch):
     at_once(monkeypatch)
     learn,seen = digits64(),[]
@@ -143,8 +171,23 @@ def test_means_last_until_a_fit_starts_over(monkeypatch):
     cb.restart = True
     learn.fit(1, 1e-3, cbs=cb)
     assert cb.early is not first
+    cb.labels_changed()
+    assert cb.early is None
+    learn.fit(1, 1e-3, cbs=cb)
     cb.forget()
     assert cb.early is None
+
+def test_a_checkpoint_without_means(monkeypatch):
+    "Of a fit without `plus`, or of an older version: those of the callback are not kept"
+    at_once(monkeypatch)
+    learn,cb = digits(),JoCorCallback(plus='early')
+    learn.fit(1, 1e-3, cbs=cb)
+    state,cb.learn = cb.state_dict(),learn
+    for old in (state | dict(early=None), {k: o for k,o in state.items() if k != 'early'}):
+        cb.load_state_dict(old)
+        assert cb.early is None
+        cb.load_state_dict(state)
+        assert torch.equal(cb.early.table, state['early'])
 
 @pytest.mark.parametrize('loss', ({}, dict(weight=torch.linspace(.5, 2, 10), ignore_index=3)))
 def test_the_step_does_not_synchronise(loss, monkeypatch):
