@@ -13,7 +13,8 @@ from fastcore.basics import patch
 from torch import Tensor
 from .losses import default_co_lambda
 from .ledger import NoiseEstimate
-from .interval import chance_error, drop_limit, error_floor, sure_error, wrong_not_hard, wrong_share
+from .interval import (chance_error, drop_limit, error_floor, guess_to_drop, sure_error, wrong_not_hard,
+                                   wrong_share)
 from .untold import hidden_count, hidden_from, hide, Untold
 
 # %% ../nbs/03e_evidence.ipynb #ba08323c
@@ -102,13 +103,6 @@ class Evidence:
         return base+doubt_of(self.latest['alike']) if self.has('doubt') else base
 
     @property
-    def R(self):
-        "Least share to drop, in [0, U]"
-        if not self.has('guess') or len(self.rows) < 2: return self.brake
-        guess = self.best['rate'] if self.tau is None else self.tau
-        return max(self.brake, self.credit*guess*min(1., max(0., (self.latest['alike']-.7)/.2)))
-
-    @property
     def co_lambda(self):
         "Weight of the contrast, in [0, 0.8]"
         if not self.has('contrast'): return 0.
@@ -127,6 +121,14 @@ def credit(self:Evidence)->float: # In [0, 1]
     if self.tau is not None or self.judges or not self.rows or not self.has('hardness'): return 1.
     now,flat = self.latest,self.flat
     return wrong_not_hard(flat)*max(min((flat-.75)/.15, 1.), min((now['inside']-now['out']-.01)/.04, 1.), 0.)
+
+@patch(as_prop=True)
+def R(self:Evidence)->float: # In [0, U]
+    "Least share to drop"
+    if not self.has('guess') or len(self.rows) < 2: return self.brake
+    best,guess = self.best,self.tau
+    if guess is None: guess = best['rate'] if self.judges else guess_to_drop(best['rate'], best['low'], best['n'])
+    return max(self.brake, self.credit*guess*min(1., max(0., (self.latest['alike']-.7)/.2)))
 
 # %% ../nbs/03e_evidence.ipynb #5bdbb3b4
 _kept = ('margin','votes','running','brake','rows')

@@ -55,7 +55,9 @@ class Rule:
     @property
     def R(self):
         if len(self.rows) < 2: return self.brake
-        guess = self.best['rate'] if self.tau is None else self.tau
+        guess,best = self.tau,self.best
+        if guess is None: # of less than 250 hidden labels, it is nearer to the lower end
+            guess = best['rate']-(best['rate']-best['low'])*np.clip((250-best['n'])/100, 0, 1)
         return max(self.brake, self.credit*guess*np.clip((self.alike-.7)/.2, 0, 1))
 
     @property

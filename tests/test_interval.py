@@ -1,7 +1,7 @@
 "How many labels are wrong: the surest predictions against a loop written out, and what must hold of any interval."
 import numpy as np, pytest
 from hypothesis import given, strategies as st
-from fastai_jocor.interval import drop_limit, error_floor, sure_error, wrong_not_hard, wrong_share
+from fastai_jocor.interval import drop_limit, error_floor, guess_to_drop, sure_error, wrong_not_hard, wrong_share
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40), st.sampled_from((.25,.5,1.)),
        st.integers(0, 99))
@@ -91,3 +91,12 @@ def test_few_hard_items_are_dropped_with_caution():
     "Surer predictions fit 80 of 100 labels: where others fit 70 and 100 are known, the limit is near the guess of 18"
     assert drop_limit(.7, .2, 100, .18, .4) < .19 and drop_limit(.8, .2, 100, .18, .4) == pytest.approx(.4)
     assert .3 < drop_limit(.7, .2, 900, .18, .4) < .4 and drop_limit(.7, .2, 1000, .18, .4) == .4
+
+@given(rate=st.floats(0, 1), low=st.floats(0, 1), n=st.integers(1, 400))
+def test_the_guess_of_few(rate, low, n):
+    rate,low = max(rate, low),min(rate, low)
+    guess = guess_to_drop(rate, low, n)
+    assert low-1e-9 <= guess <= rate and guess <= guess_to_drop(rate, low, n+1)+1e-9
+    if n >= 250: assert guess == rate
+    if n <= 150: assert guess == pytest.approx(low)
+    assert guess_to_drop(rate, low, 200) == pytest.approx((rate+low)/2)
