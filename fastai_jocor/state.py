@@ -90,7 +90,6 @@ def _same_items(self:ItemSource, old):
 # %% ../nbs/06b_state.ipynb #fc19ae0c
 class FitState:
     "What a `PeersCallback` remembers of its fits"
-    early = None # the `EarlyMeans` of `JoCorCallback(plus='early')`
     def start_anew(self):
         self.source,self.rows,self.known_noise = ItemSource(),[],None
         self.selection = Selection()
