@@ -229,9 +229,8 @@ def close_epoch(
     if e.k == 1: e.votes[seen['idx']] = seen['own_label']
     hidden = seen['hidden'] >= 0
     if not hidden.any(): return
-    row = {name: _mean(seen[name][hidden]) for name in ('out','inside','against','alike')}
+    row = {name: _mean(seen[name][hidden]) for name in ('out','inside','against','alike')} | dict(n=int(hidden.sum()))
     if e.k == 1: row['inside'] = _mean(seen['as_given'][~hidden])
-    row['n'] = int(hidden.sum())
     votes = [seen[name][hidden].cpu().numpy() for name in ('own_label','own_conf','given_label')]
     row['sure'] = sure_error(*votes)
     row['floor'] = error_floor(*votes, row['sure'])
