@@ -8,8 +8,8 @@ metadata, and by importing the library in a process that refuses any other packa
 import os, re, shutil, subprocess, sys, tarfile, tempfile, zipfile
 from email.parser import Parser
 from pathlib import Path
-from gpu import HERE
 
+HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent/'tools'))
 from sync_settings import read_settings
 

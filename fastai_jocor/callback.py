@@ -13,8 +13,8 @@ from fastai.basics import *
 from .losses import (check_choice, check_co_lambda, check_contrast, check_number, Contrast,
                                  default_co_lambda, joint_loss, joint_loss_multi, peer_losses)
 from .selection import class_quantiles
-from .evidence import Evidence, evidence_state, hidden_from, load_evidence
-from .early import EarlyMeans
+from .evidence import Evidence, evidence_state
+from .untold import hidden_count, hidden_from
 from .prune import Prune
 from .batch import Selection
 from .state import FitState
@@ -209,16 +209,7 @@ def load_state_dict(self:JoCorCallback,
 ):
     "Go on from the state of an interrupted fit"
     FitState.load_state_dict(self, state)
-    old = state['evidence']
-    if old is None: return
-    device = self.selection.device
-    e = Evidence(len(old['hidden']), self.k, old['running'].shape[1], 0, self.weigh.tau, device, self.without,
-                 self.hidden)
-    self.evidence = load_evidence(e, old)
-    self.early = None
-    if state.get('early') is None: return
-    self.early = EarlyMeans(e.n, e.n_classes, device)
-    self.early.load_state(state['early'])
+    if state['evidence'] is not None: self.weigh.restore(state['evidence'], state.get('early'))
 
 @patch
 def check_fit(self:JoCorCallback,
@@ -233,6 +224,9 @@ def check_fit(self:JoCorCallback,
     if self.plus and not can:
         raise ValueError(f"plus={self.plus!r} needs one class per item and a fastai loader that tells "
                          "which items it gives: leave it out")
+    if self.plus and not hidden_count(len(self.source), self.k, self.hidden):
+        raise ValueError(f"plus={self.plus!r} needs items that are hidden from a peer, and hidden={self.hidden!r} of "
+                         f"{len(self.source)} items hides none: pass a larger share, or leave plus out")
     PeersCallback.check_fit(self, s)
     if self.balance and (s.multi_label or not s.tells):
         raise ValueError(f"balance={self.balance!r} compares the losses of items with the same "

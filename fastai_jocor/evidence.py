@@ -148,7 +148,7 @@ def load_evidence(
     for name in ('margin','votes','running','hidden'):
         setattr(e, name, state[name].to(e.margin.device).clone())
     e.brake,e.rows = state['brake'],list(state['rows'])
-    e.untold = Untold(e.hidden, int((e.hidden >= 0).sum()), e.n_classes)
+    e.untold = Untold(e.hidden, int((state['hidden'] >= 0).sum()), e.n_classes)
     e.untold.load_state(state['untold'])
     return e
 

@@ -10,8 +10,8 @@ import math, torch
 from fastai.basics import *
 from .processes import gather_rows, own_part, union
 from .selection import keep_by_margin
-from .evidence import (close_epoch, commonness, estimate_from, Evidence, forget_margins, hide,
-                                   look_at_batch)
+from .evidence import (close_epoch, commonness, estimate_from, Evidence, evidence_state, forget_margins,
+                                   hide, load_evidence, look_at_batch)
 from .untold import Untold
 from .votes import common_votes, split_with_votes, vote_balance, vote_cut, vote_weight
 from .early import early_loss, early_weight, EarlyMeans
@@ -45,7 +45,10 @@ class Weigh(Part):
     "Gather evidence of wrong labels and of memorising, and select by it"
     order = 6
     def before_fit(self):
-        if self.owner.restart and not self.owner.finding: self.owner.evidence = self.owner.early = None
+        o = self.owner
+        if o.restart and not o.finding: o.evidence = o.early = None
+        elif o.evidence is not None and o.evidence.margin.device != o.selection.device:
+            self.restore(evidence_state(o.evidence), None if o.early is None else o.early.state())
 
     def before_train(self):
         o = self.owner
@@ -67,6 +70,19 @@ class Weigh(Part):
                               o.hidden)
         s.evidence = o.evidence
         return o.evidence
+
+    def restore(self,
+        evidence:dict, # From `evidence_state`
+        early:Tensor|None=None # From `EarlyMeans.state`
+    ):
+        "Go on with what is known of the items, on the device of the fit"
+        o,n,n_classes = self.owner,len(evidence['hidden']),evidence['running'].shape[1]
+        device = o.selection.device
+        e = Evidence(n, o.k, n_classes, 0, self.tau, device, o.without, o.hidden)
+        o.evidence,o.early = load_evidence(e, evidence),None
+        if early is None: return
+        o.early = EarlyMeans(n, n_classes, device)
+        o.early.load_state(early)
 
     @property
     def co_lambda(self):

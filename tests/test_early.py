@@ -1,16 +1,14 @@
 "Early-learning regularisation: against a loop written out, and in a learner's life."
 import copy, numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from fastai.vision.all import BCEWithLogitsLossFlat, nn
+from fastai.vision.all import nn
 from fastai_jocor import weigh
 from fastai_jocor.all import JoCorCallback, Symmetric
 from fastai_jocor.early import early_loss, early_weight, EarlyMeans
 from fastai_jocor.evidence import hidden_from
-from fake_gpu import watch
 from learners import Record, Step, digits, digits64, mlps64, same, tensors, weights
-from sync import as_on_a_gpu
 from test_class_weights import A_FIFTH, partly_labelled, WEIGHT
-from test_evidence_fits import resumed, split
+from test_evidence_fits import split
 import reference, reference_evidence
 
 pytestmark = pytest.mark.filterwarnings('ignore:the peers have not learned')
@@ -136,30 +134,7 @@ def test_the_mean_of_usable_items(without, monkeypatch):
     learn.fit(1, 1e-2, cbs=[cb, Step(look)])
     assert sum(seen) > 400
 
-def test_hidden_items_give_no_gradient(monkeypatch):
-    at_once(monkeypatch)
-    learn,seen = digits64(),[]
-    cb = JoCorCallback(k=3, co_lambda=.5, models=mlps64(3), plus='early')
-    learn.fit(1, 1e-2, cbs=cb)
-    def look(l):
-        s = l.selection
-        z = s.logits.clone().requires_grad_()
-        s.log_probs = z.log_softmax(-1)
-        cb.weigh.loss(z, s.targ)[0].backward()
-        hidden = s.evidence.hidden[s.idx] == torch.arange(3)[:,None]
-        assert not z.grad[hidden].any() and z.grad[~hidden].any(-1).all()
-        seen.append(int(hidden.sum()))
-    learn.fit(1, 1e-2, cbs=[cb, Step(look)])
-    assert sum(seen) > 100
-
 # --- a learner's life
-
-def test_a_resumed_fit_ends_with_the_same_bits(tmp_path, monkeypatch):
-    at_once(monkeypatch)
-    (a,one),(b,two) = [resumed(tmp_path/str(len(o)), o, 4, plus='early') for o in ((), (1,3))]
-    (c,none) = resumed(tmp_path/'without', (), 4)
-    assert same(weights(a.model), weights(b.model)) and not same(weights(a.model), weights(c.model))
-    assert torch.equal(one.early.table, two.early.table) and none.early is None
 
 def test_means_last_until_a_fit_starts_over(monkeypatch):
     at_once(monkeypatch)
@@ -189,24 +164,6 @@ def test_a_checkpoint_without_means(monkeypatch):
         cb.load_state_dict(state)
         assert torch.equal(cb.early.table, state['early'])
 
-@pytest.mark.parametrize('loss', ({}, dict(weight=torch.linspace(.5, 2, 10), ignore_index=3)))
-def test_the_step_does_not_synchronise(loss, monkeypatch):
-    at_once(monkeypatch)
-    def trained():
-        learn = digits(loss_func=nn.CrossEntropyLoss(**loss))
-        learn.fit(2, 1e-2, cbs=JoCorCallback(k=3, seed=1, plus='early'))
-        return weights(learn.model)
-    loose,seen = trained(),[]
-    as_on_a_gpu(monkeypatch, seen)
-    tight = trained()
-    assert seen and all(torch.allclose(p, q, atol=1e-5) for p,q in zip(loose, tight, strict=True))
-
-def test_a_step_on_a_gpu(monkeypatch):
-    at_once(monkeypatch)
-    seen = watch(monkeypatch)
-    digits().fit(2, 1e-3, cbs=JoCorCallback(k=3, plus='early'))
-    assert len(seen) == 2 and all(o.device.type == 'cuda' and len(o) for cols in seen for o in cols.values())
-
 def test_a_frozen_body_and_lr_find(monkeypatch):
     "With a frozen body means are gathered, and nothing is held fast; `lr_find` leaves no trace"
     asked = []
@@ -218,16 +175,6 @@ def test_a_frozen_body_and_lr_find(monkeypatch):
     assert (table[:,0] > 0).all()
     learn.lr_find(num_it=5, show_plot=False)
     assert same(before, weights(learn.model)) and torch.equal(table, cb.early.table) and len(asked) == n
-
-def test_several_labels_are_refused():
-    x,y = torch.randn(64, 4),torch.randint(0, 2, (64, 3)).float()
-    learn = tensors(x, y, nn.Linear(4, 3), loss_func=BCEWithLogitsLossFlat())
-    with pytest.raises(ValueError, match="plus='early' needs one class per item"):
-        learn.fit(1, cbs=JoCorCallback(plus='early'))
-
-def test_what_is_refused():
-    with pytest.raises(ValueError, match='hidden=0 hides none'): JoCorCallback(plus='early', hidden=0)
-    with pytest.raises(ValueError, match="did you mean 'early'"): JoCorCallback(plus='earl')
 
 # --- what it is for
 

@@ -2,16 +2,14 @@
 import copy, math, numpy as np, pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from fastai.vision.all import BCEWithLogitsLossFlat, nn
+from fastai.vision.all import nn
 from fastai_jocor import weigh
 from fastai_jocor.all import JoCorCallback, Symmetric
 from fastai_jocor.evidence import evidence_state, hidden_from
 from fastai_jocor.votes import common_votes, split_with_votes, vote_balance, vote_cut, vote_weight
-from fake_gpu import watch
 from learners import Record, Step, digits, digits64, mlps64, same, tensors, weights
-from sync import as_on_a_gpu
 from test_class_weights import A_FIFTH, WEIGHT, partly_labelled
-from test_evidence_fits import resumed, split
+from test_evidence_fits import split
 from test_resume import same as same_state
 import reference, reference_evidence
 
@@ -126,49 +124,7 @@ def test_an_item_without_a_label_gets_none(no_label, monkeypatch):
     rejected,of_none = map(sum, zip(*seen))
     assert rejected > 20 and (of_none > 20 or no_label < 0)
 
-def test_hidden_items_give_no_gradient(monkeypatch):
-    sure_of_all(monkeypatch)
-    learn,seen = digits64(),[]
-    cb = JoCorCallback(k=3, co_lambda=.5, models=mlps64(3), plus='votes')
-    learn.fit(1, 1e-2, cbs=cb)
-    def look(l):
-        s = l.selection
-        z = s.logits.clone().requires_grad_()
-        s.log_probs = z.log_softmax(-1)
-        cb.weigh.loss(z, s.targ)[0].backward()
-        hidden = s.evidence.hidden[s.idx] == torch.arange(3)[:,None]
-        assert not z.grad[hidden].any()
-        seen.append(int((hidden.any(0) & (voted(s)[2] > 0)).sum()))
-    learn.fit(1, 1e-2, cbs=[cb, Step(look)])
-    assert sum(seen) > 100
-
 # --- a learner's life
-
-def test_a_resumed_fit_ends_with_the_same_bits(tmp_path, monkeypatch):
-    sure_of_all(monkeypatch)
-    (a,one),(b,two) = [resumed(tmp_path/str(len(o)), o, 4, plus='votes') for o in ((), (1,3))]
-    (c,_) = resumed(tmp_path/'without', (), 4)
-    assert same(weights(a.model), weights(b.model)) and not same(weights(a.model), weights(c.model))
-    assert same_state(evidence_state(one.evidence), evidence_state(two.evidence))
-    assert one.evidence.rows[0]['cut'] == .15
-
-@pytest.mark.parametrize('loss', ({}, dict(weight=torch.linspace(.5, 2, 10), ignore_index=3)))
-def test_the_step_does_not_synchronise(loss, monkeypatch):
-    sure_of_all(monkeypatch)
-    def trained():
-        learn = digits(loss_func=nn.CrossEntropyLoss(**loss))
-        learn.fit(2, 1e-2, cbs=JoCorCallback(k=3, seed=1, plus='votes'))
-        return weights(learn.model)
-    loose,seen = trained(),[]
-    as_on_a_gpu(monkeypatch, seen)
-    tight = trained()
-    assert seen and all(torch.allclose(p, q, atol=1e-5) for p,q in zip(loose, tight, strict=True))
-
-def test_a_step_on_a_gpu(monkeypatch):
-    sure_of_all(monkeypatch)
-    seen = watch(monkeypatch)
-    digits().fit(2, 1e-3, cbs=JoCorCallback(k=3, plus='votes'))
-    assert len(seen) == 2 and all(o.device.type == 'cuda' and len(o) for cols in seen for o in cols.values())
 
 def test_a_frozen_body_and_lr_find(monkeypatch):
     "Neither takes votes for labels, and `lr_find` leaves no trace"
@@ -182,26 +138,6 @@ def test_a_frozen_body_and_lr_find(monkeypatch):
     learn.lr_find(num_it=5, show_plot=False)
     assert same(before, weights(learn.model)) and same_state(state, evidence_state(cb.evidence))
     assert len(learn.get_preds()[0]) == len(learn.dls.valid_ds)
-
-# --- what is refused
-
-REFUSED = [(dict(plus='vote'), "did you mean 'votes'"), (dict(plus=True), "plus=True must be"),
-    (dict(plus='votes', hidden=0), 'hidden=0 hides none'), (dict(plus='votes', balance=.5), "needs rule='evidence'"),
-    (dict(plus='votes', rule='schedule'), "needs rule='evidence'")]
-
-@pytest.mark.parametrize('kw,error', REFUSED)
-def test_what_is_refused(kw, error):
-    with pytest.raises(ValueError, match=error): JoCorCallback(**kw)
-
-def test_several_labels_are_refused():
-    x,y = torch.randn(64, 4),torch.randint(0, 2, (64, 3)).float()
-    learn = tensors(x, y, nn.Linear(4, 3), loss_func=BCEWithLogitsLossFlat())
-    model,before = learn.model,weights(learn.model)
-    with pytest.raises(ValueError, match="plus='votes' needs one class per item"):
-        learn.fit(1, cbs=JoCorCallback(plus='votes'))
-    assert learn.model is model and same(before, weights(model))
-
-def test_repr(): assert "plus='votes'" in repr(JoCorCallback(plus='votes')) and 'plus' not in repr(JoCorCallback())
 
 # --- what it is for
 
