@@ -69,8 +69,8 @@ tables = dict(
     cifar3k=Data(cifar3k, quick_photo_learner, 64, ['worse'], [(4, 2e-3)], 'slow', fine_tuned))
 Cell = namedtuple('Cell', 'data noise epochs lr')
 
-# The methods: how many networks, which loss, and which callback from the true noise rate
-Method = namedtuple('Method', 'nets loss callback', defaults=[1, None, None])
+# The methods: how many networks, which loss, which callback from the true noise rate, and whether on right labels only
+Method = namedtuple('Method', 'nets loss callback right', defaults=[1, None, None, False])
 methods = dict(
     plain=Method(),
     smooth=Method(loss=partial(LabelSmoothingCrossEntropyFlat, eps=.1)),
@@ -130,6 +130,11 @@ def train(d, y, cell, method, tau, seed):
     with learn.no_bar(), learn.no_logging(): table.fit(learn, cell.epochs, cell.lr, L(cb, watch).filter())
     return *probabilities(learn),cb,watch
 
+def right_items(d, y, cell):
+    "The items of an array whose label is right, and so many epochs that there are as many steps"
+    at = np.flatnonzero(y == d.y)
+    return d._replace(x=d.x[at], y=d.y[at]),y[at],cell._replace(epochs=round(cell.epochs*len(y)/len(at)))
+
 def machine():
     if default_device().type == 'cuda': return torch.cuda.get_device_name()
     return f'{os.cpu_count()} cores, {torch.get_num_threads()} used'
@@ -140,7 +145,8 @@ def run(cell, name, seed, path):
     y = given_labels(d, cell.data, cell.noise, seed)
     right = torch.as_tensor(y == d.y)
     wrong = float((~right).double().mean())
-    trained = [train(d, y, cell, method, wrong, 100*i+seed) for i in range(method.nets)]
+    shown = right_items(d, y, cell) if method.right else (d, y, cell)
+    trained = [train(*shown, method, wrong, 100*i+seed) for i in range(method.nets)]
     probs = torch.cat([o[0] for o in trained])
     _,truth,cb,watch = trained[-1]
     hit = probs.mean(0).argmax(-1) == truth

@@ -48,11 +48,11 @@ def _some(d, n, seed):
 
 def _stored(dl): return dl.store.images[dl.pos].cpu().numpy(),dl.store.targets[dl.pos].cpu().numpy()
 
-def mnist(path, seed):
-    "10,000 images of MNIST"
+def mnist(path, seed, n=10000):
+    "Some images of MNIST, others for each seed"
     dls = mnist_dls(path, download=False)
     (x,y),(x_test,y_test) = _stored(dls.train),_stored(dls.valid)
-    return _some(Source(x[...,0], y, x_test[...,0], y_test, _numbers(10), {}), 10000, seed)
+    return _some(Source(x[...,0], y, x_test[...,0], y_test, _numbers(10), {}), n, seed)
 
 @lru_cache(2)
 def _features(file):

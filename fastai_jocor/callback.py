@@ -27,14 +27,15 @@ class JoCorCallback(PeersCallback):
     """Train k networks together on the items whose labels look right (JoCoR, Wei et al., CVPR 2020)
 
     `learn.fit_one_cycle(10, cbs=(cb := JoCorCallback(k=3)))` turns the learner's model into three peers and
-    trains them by one joint loss: fit the labels, and agree. `cb.suspects()` lists the labels that look wrong.
+    trains them on the items whose labels look right; where very many look wrong, the peers are also pulled
+    towards each other. `cb.suspects()` lists the labels that look wrong.
     With `rule='schedule'` and no `forget_rate`, τ is the noise rate of `dls.noise`, where there is one.
 
     Bad arguments raise a `ValueError` or a `TypeError` here; data that cannot be used do so before training.
     All details: https://fastai-jocor.github.io/fastai_jocor/reference/jocor_callback.html
     """
     def __init__(self,
-        k:int=2, # Number of peers, at least 1; 1: small-loss training of a single network
+        k:int=2, # Number of peers, at least 1; 1: a single network by the same rule
         co_lambda:float|None=None, # Weight λ of the contrast, in [0, 1]; `None`: found in training, or 0.8
         forget_rate:float|str|None=None, # Share τ of wrong labels, in [0, 1); `None`, `auto`: found in training
         contrast:Contrast='kl', # Disagreement over all pairs of peers, or in a circle

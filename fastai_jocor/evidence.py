@@ -119,8 +119,10 @@ def flat(self:Evidence)->float: # About 1 if so, smaller if not; below 0 if the 
 def credit(self:Evidence)->float: # In [0, 1]
     "How far contradictions count as wrong labels: 1 if `tau` is given and in audits, 0 if items are only hard"
     if self.tau is not None or self.judges or not self.rows or not self.has('hardness'): return 1.
-    now,flat = self.latest,self.flat
-    return wrong_not_hard(flat)*max(min((flat-.75)/.15, 1.), min((now['inside']-now['out']-.01)/.04, 1.), 0.)
+    now,flat,best = self.latest,self.flat,self.best['out']
+    credit = wrong_not_hard(flat)*max(min((flat-.75)/.15, 1.), min((now['inside']-now['out']-.01)/.04, 1.), 0.)
+    fall = best-now['out']-chance_error(best, now['n']) # of hidden labels that are predicted
+    return max(credit, min(fall/.01, 1.))
 
 @patch(as_prop=True)
 def R(self:Evidence)->float: # In [0, U]
@@ -264,6 +266,5 @@ def estimate_from(
     doubt:float=0. # Share of predictions in which the peers differ
 )->NoiseEstimate: # With an interval
     "Estimate how many labels are wrong, from the epoch with the largest `out`"
-    best = e.best
-    return NoiseEstimate(min(best['rate'], .95), best['sure'], best['sure'], doubt, best['high']-best['low'] < .5,
-                         best['low'], best['high'])
+    low,high,sure = (e.best[o] for o in ('low','high','sure'))
+    return NoiseEstimate(min(e.best['rate'], .95), sure, sure, doubt, high-low < .5, low, high)

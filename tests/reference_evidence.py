@@ -26,11 +26,14 @@ class Rule:
     def U(self): return self.best['high'] if self.tau is None else self.tau
     @property
     def credit(self):
-        "How far contradictions count: not at all if the surest votes are hardly contradicted, or nothing is memorised"
+        "Do contradictions count? Not where sure votes are right or nothing is memorised, unless memorising harms"
         if self.tau is not None or not self.rows: return 1
-        flat,row = self.flat,self.rows[-1]
-        if flat < .5: return 0
-        return min((flat-.5)/.2, 1)*np.clip(max((flat-.75)/.15, (row['inside']-row['out']-.01)/.04), 0, 1)
+        flat,row,best,n = self.flat,self.rows[-1],self.best['out'],self.rows[-1]['n']
+        error = 2*math.sqrt(max(best*(1-best), 1/n)/max(n/2, 1))
+        harm = np.clip((best-row['out']-error)/.01, 0, 1)
+        if flat < .5: return harm
+        sure = min((flat-.5)/.2, 1)*np.clip(max((flat-.75)/.15, (row['inside']-row['out']-.01)/.04), 0, 1)
+        return max(sure, harm)
 
     @property
     def flat(self): return flat_of(self.rows)
