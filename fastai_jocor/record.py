@@ -127,7 +127,7 @@ class Record(Part):
     order = 5
     def before_fit(self):
         self.undo()
-        self.figures = None
+        self.figures = self.by_class = None
         if self.owner.finding: return
         self.mets = [ValueMetric(partial(self.value_of, name), name) for name in self.owner.columns]
         self.learn.metrics = self.learn.metrics + self.mets
@@ -141,6 +141,7 @@ class Record(Part):
 
     def after_train(self):
         s,owner = self.learn.selection,self.owner
+        if self.sightings is None: return # the epoch was cancelled before its first batch
         seen = self.sightings.columns()
         self.sightings = None
         if s.world > 1: seen = self._of_all_processes(seen)
@@ -186,7 +187,7 @@ class Estimate(Part):
     def after_train(self):
         s,owner = self.learn.selection,self.owner
         done = owner.before+self.epoch+1
-        if not owner.estimates: return
+        if not owner.estimates or owner.record.figures is None: return
         if owner.estimate is None and done >= owner.warm_up: self._estimate(s, done)
         owner.record.figures['noise_rate'] = owner.estimated_rate
 

@@ -176,6 +176,15 @@ def rate_of(self:FitState,
     rates = forget_schedule(self.tau, at+1, self.gradual, self.exponent)
     return max(float(rates[at]), self.least)
 
+# %% ../nbs/06b_state.ipynb #b3d90c41
+@patch
+def put_back(self:FitState):
+    "Put back the single model that `lr_find`, or whatever ended it, has left as peers"
+    if self.single is None: return
+    learn = self.learn
+    learn.model,learn.splitter,learn.opt = self.single
+    self.single = None
+
 # %% ../nbs/06b_state.ipynb #8c061f31
 @patch
 def state_dict(self:FitState)->dict: # Plain values and tensors

@@ -85,6 +85,7 @@ class LeaveNothing(Part):
             learn._end_cleanup()
             self.after_fit()
             self.owner.undo()
+            self.owner.put_back()
             raise
         if self.learn is learn: self.before_fit()
 
@@ -111,19 +112,25 @@ class BatchItems(Part):
 
     def before_train(self):
         self.of_epoch.close()
-        self.drawn = self.of_epoch.enter_context(known_order(self.dl))
+        self.drawn,self.taken = self.of_epoch.enter_context(known_order(self.dl)),False
         s = self.learn.selection
         s.items = s.repeated = None
 
     def before_batch(self):
         learn,s = self.learn,self.learn.selection
-        if learn.iter == 0: self._take_order(s)
+        if not self.taken: self._take_order(s)
         s.n,s.recorded = find_bs([plain(o) for o in learn.yb]),False
         s.bad = s.ignored = s.pruned = None
-        s.at = learn.iter*getattr(learn.dl, 'bs', s.n)
+        bs = getattr(learn.dl, 'bs', s.n)
+        s.at = learn.iter*bs
+        if s.items is None or s.n == min(bs, len(s.items)-s.at): return
+        raise ValueError(f"batch {learn.iter} holds {s.n} items, and the loader tells of "
+                         f"{min(bs, len(s.items)-s.at)} (bs={bs}), so it is not known which they are: let the "
+                         "loader yield whole batches of bs items, and no callback change their number")
 
     def _take_order(self, s):
         "The order of this epoch, and which items only pad the share of a process"
+        self.taken = True
         idxs,dl = getattr(self.drawn, 'idxs', None),self.dl
         if idxs is None: return
         if self.owner.items is not None: s.items = torch.as_tensor(idxs, device=s.device)
@@ -205,6 +212,11 @@ class SmallLoss(Part):
         learn = self.learn
         learn.selection.loss_func,learn.loss_func = learn.loss_func,self.loss
 
+    def put_back(self):
+        "Restore the learner's loss, also where another callback cancels the batch before it is computed"
+        if self.learn.loss_func == self.loss: self.learn.loss_func = self.learn.selection.loss_func
+    after_cancel_batch = after_cancel_train = after_cancel_epoch = put_back
+
     def loss(self, pred, *yb):
         "The mean loss of the kept items, in place of the learner's loss"
         learn,s = self.learn,self.learn.selection
@@ -246,8 +258,7 @@ class SmallLoss(Part):
         learn.loss,learn.pred = s.last_loss,s.pred
 
     def undo(self):
-        if self.learn is not None and self.learn.loss_func == self.loss:
-            self.learn.loss_func = self.learn.selection.loss_func
+        if self.learn is not None: self.put_back()
 
 # %% ../nbs/05_step.ipynb #26884e78
 class AutocastBF16(MixedPrecision):

@@ -16,12 +16,12 @@ from .selection import (check_forget_rate, forget_schedule, keep_count, select_s
                                     small_loss_mask)
 from .peers import check_k, check_seed, Peers
 from .processes import own_part, union
-from .batch import check_batch, is_validating, Selection
+from .batch import check_batch, is_fitting, is_validating, Selection
 from .step import BatchItems, LeaveNothing, NonFinite, QuickEvents, SmallLoss
 from .record import Estimate, LostClasses, Record
 from .graphs import Graphs
 from .state import FitState, ForgetRate
-from .start import look_at_data, MakePeers, refuse_others, UndoPeers
+from .start import leave, look_at_data, MakePeers, refuse_others, UndoPeers
 
 # %% ../nbs/07d_trainer.ipynb #144a6c15
 def check_tau(
@@ -90,15 +90,13 @@ class PeersCallback(FitState, Callback):
     def learn(self): return self._learn
     @learn.setter
     def learn(self, learn):
-        if self._learn is not None:
-            self.undo()
-            self._learn.remove_cbs(self.parts)
+        if self._learn is not None: leave(self, learn)
         self._learn = learn
         if learn is not None: learn.add_cbs(self.parts)
 
     def before_fit(self):
         self.run = not is_validating(self.learn)
-        if not self.run: return
+        if not self.run: return None if is_fitting(self.learn) else self.undo()
         self.undo()
         refuse_others(self)
         self.accumulates = any(isinstance(cb, GradientAccumulation) for cb in self.learn.cbs)
