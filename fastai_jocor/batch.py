@@ -172,27 +172,26 @@ def _instead(pred, y):
     return f"the model gives {c} classes"
 
 # %% ../nbs/04_batch.ipynb #a7c1e0d2
-def _calls_of(f):
-    "The frames of a method that is running, the innermost first"
+def _events():
+    "Learners and the events that they are in, such as `fit` or `epoch`, the innermost first"
     frame = sys._getframe()
     while frame is not None:
-        if frame.f_code is f.__code__: yield frame
+        known = frame.f_locals
+        if frame.f_code.co_name == '_with_events' and 'event_type' in known: yield known['self'],known['event_type']
         frame = frame.f_back
 
 def is_validating(
     learn:Learner # In a fit, or not
-)->bool: # True in `validate`, `get_preds`, `tta` and `summary`
-    "Whether the learner sends the events of a fit, but not from within `fit`"
+)->bool: # True in `validate`, `get_preds`, `tta` and `summary`, and where nothing runs
+    "Whether `before_fit` is of anything but a fit that begins"
     if hasattr(learn, 'gather_preds') or learn.lock.locked(): return True
-    sends = next(_calls_of(Learner.__call__), None)
-    return sends is not None and sends.f_back.f_code is not Learner._with_events.__code__
+    return next(_events(), (None,''))[1] != 'fit'
 
 def is_fitting(
     learn:Learner # On any data
 )->bool: # Also where `fit` is further out, as in a validation between two batches
     "Whether the learner's `fit` is running"
-    events = [o.f_locals for o in _calls_of(Learner._with_events)]
-    return any(o['event_type'] == 'fit' and o['self'] is learn for o in events)
+    return any(o is learn and event == 'fit' for o,event in _events())
 
 # %% ../nbs/04_batch.ipynb #88191659
 def _on_cpu(t): return t.device.type == 'cpu'

@@ -46,12 +46,13 @@ def labels_differ(
     idxs, # Positions of items in it, in their order
     y:Tensor # Labels of a batch that should be the first of them, shape (N,)
 )->bool: # `False` if labels cannot be read without the inputs
-    "Whether a batch has other labels than the items that it should hold"
+    "Whether a batch has other labels than the items that it should hold; a transform may rename them"
     read = _readers(ds)[1]
     if read is None or y.ndim != 1: return False
     try: known = [int(read(int(i))) for i in idxs[:len(y)]]
     except Exception: return False # several labels an item, or none
-    return known != [int(o) for o in y]
+    pairs = set(zip(known, y.tolist()))
+    return len(pairs) > len(set(known))
 
 def other_labels(
     old:list, # From `some_labels`
