@@ -52,7 +52,7 @@ def labels_differ(
     try: known = [int(read(int(i))) for i in idxs[:len(y)]]
     except Exception: return False # several labels an item, or none
     pairs = set(zip(known, y.tolist()))
-    return len(pairs) > len(set(known))
+    return len(pairs) > min(len(set(column)) for column in zip(*pairs))
 
 def other_labels(
     old:list, # From `some_labels`
