@@ -58,6 +58,7 @@ def _new_opt(learn, like):
     for name in like.hypers[0]: learn.opt.set_hyper(name, [h[name] for h in like.hypers])
     if like.frozen_idx: learn.opt.freeze_to(like.frozen_idx)
 
+# %% ../nbs/03b_learner.ipynb #ee7fc123
 @patch
 def to_peers(self:Learner,
     k:int=2, # Number of peers, at least 1

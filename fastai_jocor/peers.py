@@ -151,9 +151,9 @@ def check_seed(
 )->int: # `seed`
     "Return `seed`, or raise a `ValueError` if it is neither `None` nor an integer of at least 0"
     if seed is None: return seed
-    return check_number('seed', seed, lambda v: isinstance(v, Integral) and v >= 0,
-                        'be None or an integer of at least 0')
+    return check_number('seed', seed, lambda v: isinstance(v, Integral) and v >= 0, 'be None or an integer of at least 0')
 
+# %% ../nbs/03_peers.ipynb #03c0c5ec
 def _reset_func(m): return getattr(m, 'reset_parameters', None) or getattr(m, '_reset_parameters', None)
 
 def reset_weights(
@@ -244,10 +244,10 @@ def as_groups(
 def _head(splitter, model):
     groups = as_groups(splitter(model))
     if len(groups) > 1: return groups[-1]
-    raise ValueError(f"init='head', the default for a pretrained model, needs at least two parameter groups, "
-                     f"and splitter={splitter!r} gives {len(groups)}: pass the learner a splitter that gives the head "
-                     "last, or init='all', which leaves frozen parameters as they are")
+    raise ValueError(f"init='head' needs at least two parameter groups, and splitter={splitter!r} gives {len(groups)}: "
+                     "pass the learner a splitter that gives the head last, or init='all', which keeps what is frozen")
 
+# %% ../nbs/03_peers.ipynb #55feefa2
 def copied(
     model:nn.Module # Left unchanged
 )->nn.Module: # With weights of its own
