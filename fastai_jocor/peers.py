@@ -150,8 +150,8 @@ def check_seed(
     seed:int # A seed, or `None`
 )->int: # `seed`
     "Return `seed`, or raise a `ValueError` if it is neither `None` nor an integer of at least 0"
-    if seed is None: return seed
-    return check_number('seed', seed, lambda v: isinstance(v, Integral) and v >= 0, 'be None or an integer of at least 0')
+    ok = lambda v: isinstance(v, Integral) and v >= 0
+    return seed if seed is None else check_number('seed', seed, ok, 'be None or an integer of at least 0')
 
 # %% ../nbs/03_peers.ipynb #03c0c5ec
 def _reset_func(m): return getattr(m, 'reset_parameters', None) or getattr(m, '_reset_parameters', None)

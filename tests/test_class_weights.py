@@ -100,7 +100,8 @@ def test_a_loss_that_draws_or_remembers():
     assert torch.equal(torch.get_rng_state(), state)
 
 @pytest.mark.parametrize('loss', (F.cross_entropy, LabelSmoothingCrossEntropyFlat(), FocalLossFlat(),
-    FocalLossFlat(weight=WEIGHT[:3].float()), nn.MultiMarginLoss(), lambda z,y: F.cross_entropy(z, y, reduction='none')))
+    FocalLossFlat(weight=WEIGHT[:3].float()), nn.MultiMarginLoss(),
+    lambda z,y: F.cross_entropy(z, y, reduction='none')))
 def test_losses_that_are_their_mean(loss):
     assert another_mean(loss, torch.randn(20,3), torch.randint(0,3,(20,))) is None
 
