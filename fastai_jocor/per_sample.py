@@ -89,8 +89,8 @@ def cross_entropy_of(
     "The cross-entropy or `nll_loss` that a loss is, or that fastai's loss or a `partial` wraps"
     f = getattr(loss_func, 'func', loss_func)
     if f in (F.cross_entropy,F.nll_loss): return None if getattr(loss_func, 'args', ()) else f
-    for o in (nn.CrossEntropyLoss,nn.NLLLoss):
-        if isinstance(f, o) and type(f).forward is o.forward: return f
+    is_same = lambda o: isinstance(f, o) and type(f).forward is o.forward
+    return f if any(map(is_same, (nn.CrossEntropyLoss,nn.NLLLoss))) else None
 
 def _setting(loss_func, name, default=None):
     "An argument of a cross-entropy, `None` for any other loss"
