@@ -13,8 +13,8 @@ from fastai.basics import *
 from fastai.torch_core import get_random_states, set_random_states
 from .losses import widest
 from .processes import in_any
-from .per_sample import (class_weights, first_output, ignored_label, is_multi_label, label_column,
-                                     per_sample_loss, plain, without_weights)
+from .per_sample import (another_mean, class_weights, first_output, ignored_label, is_multi_label,
+                                     label_column, per_sample_loss, plain, without_weights)
 
 # %% ../nbs/04_batch.ipynb #e905945d
 def _lasts(idxs): return isinstance(idxs, (list,tuple,L,np.ndarray,Tensor))
@@ -100,6 +100,7 @@ class Selection:
     tells:bool = False # Whether the loader tells which items it yields
     named:bool = False # Whether labels are places in a vocabulary, so that one batch shows whether -100 occurs
     loss_func:Callable|None = None # The learner's own loss
+    other_mean:str|None = None # How the loss differs from the mean on which peers train, if it does
     last_loss:Tensor|None = None # The latest finite loss, for the epoch table
     # the epoch
     R:float = 0. # Forget rate, in [0, 1)
@@ -232,7 +233,7 @@ def check_batch(
         raise ValueError(f"targets of shape {tuple(y.shape)} do not fit logits of shape "
                          f"{tuple(pred.shape)}: with several labels per item both are (N, C)")
     s.per_sample = per_sample_loss(loss_func, pred, y)
-    s.weight = class_weights(loss_func)
+    s.weight,s.other_mean = class_weights(loss_func),another_mean(loss_func, pred, y)
     s.unweighted = s.per_sample if s.weight is None else per_sample_loss(without_weights(loss_func), pred, y)
     if s.no_label is not None and s.no_label < 0 and s.named: # comparing each batch costs time
         told = (y == s.no_label).any()

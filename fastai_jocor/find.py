@@ -175,7 +175,7 @@ def audit_labels(
     lr:float|None=None, # Maximum learning rate of one cycle, above 0; `None`: 3e-3, or 6e-3 from 40,000 items on
     folder:str|Path|None=None, # Folder for files of features; `None`: `feature_folder()`
     seed:int=0, # Seed of weights, batches and hidden labels
-    features:bool=True, # Train heads on features; `False`: the whole model, re-initialised
+    features:bool=True, # Train heads on features; `False`: the whole model, re-initialised where it is not frozen
     fine_tune:int=0, # Epochs in which the body is trained too, with the heads back on it; slow
     neighbours:bool=True, # Look for near-duplicates and outliers, if there are features
     progress:bool=True, # Show progress bars

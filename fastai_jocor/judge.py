@@ -65,7 +65,7 @@ def fit_heads(
     epochs:int|None=None, # Number of epochs, at least 1; `None`: `default_epochs`
     lr:float|None=None, # Maximum learning rate of one cycle, above 0; `None`: 3e-3, or that of `default_batch`
     folder:str|Path|None=None, # Folder for files of features; `None`: `feature_folder()`
-    features:bool=True, # Train heads on features; `False`: the whole model, re-initialised
+    features:bool=True, # Train heads on features; `False`: the whole model, re-initialised where it is not frozen
     seed:int=0, # Seed of weights, batches and hidden labels
     progress:bool=True, # Show progress bars
     **kwargs # To `JoCorCallback`

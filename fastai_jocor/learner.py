@@ -9,7 +9,7 @@ __all__ = ['PeerSplitter']
 from fastai.basics import *
 from collections.abc import Callable
 from typing import Literal
-from .peers import check_k, make_peers, Peers
+from .peers import as_groups, check_k, make_peers, Peers
 
 # %% ../nbs/03b_learner.ipynb #a04375d2
 class PeerSplitter:
@@ -21,21 +21,32 @@ class PeerSplitter:
     def __call__(self, model):
         model = getattr(model, 'module', model)
         if not isinstance(model, Peers): return self.splitter(model)
-        groups = [_as_groups(self.splitter(m)) for m in model.peers]
+        groups = [as_groups(self.splitter(m)) for m in model.peers]
         if len({len(g) for g in groups}) != 1:
             raise ValueError(f"splitter={self.splitter!r} gives {[len(g) for g in groups]} "
                              "parameter groups for the peers: it must give each peer the same "
                              "number")
         return L(L(g).concat() for g in zip(*groups))
 
-def _as_groups(groups):
-    groups = L(groups)
-    return [L(g) for g in groups] if isinstance(groups[0], (list,L)) else [groups]
-
 # %% ../nbs/03b_learner.ipynb #ee7fc122
 def _default_init(learn):
-    "With a pretrained or frozen body only the heads differ"
-    return 'head' if getattr(learn, 'pretrained', False) or learn.opt.frozen_idx else 'all'
+    "With a pretrained or frozen body only the heads differ; a text learner may have loaded its encoder"
+    if getattr(learn, 'pretrained', False) or learn.opt.frozen_idx: return 'head'
+    return 'head' if hasattr(type(learn), 'load_encoder') and len(learn.opt.param_lists) > 1 else 'all'
+
+@contextmanager
+def _thawed(opt, init):
+    "With `all`, groups that fastai has frozen are re-initialised too; what was frozen by hand is not"
+    frozen = L(opt.param_lists[:opt.frozen_idx]).concat() if init == 'all' else L()
+    frozen = frozen.filter(lambda p: not p.requires_grad)
+    for p in frozen: p.requires_grad_(True)
+    try: yield
+    finally:
+        for p in frozen: p.requires_grad_(False)
+
+def _freeze_as(models, model):
+    for m in models:
+        for p,q in zip(m.parameters(), model.parameters()): p.requires_grad_(q.requires_grad)
 
 def _new_opt(learn, like):
     "An optimizer over all peers, with the hyper-parameters and frozen groups of the single model's"
@@ -47,11 +58,12 @@ def _new_opt(learn, like):
     for name in like.hypers[0]: learn.opt.set_hyper(name, [h[name] for h in like.hypers])
     if like.frozen_idx: learn.opt.freeze_to(like.frozen_idx)
 
+# %% ../nbs/03b_learner.ipynb #ee7fc123
 @patch
 def to_peers(self:Learner,
     k:int=2, # Number of peers, at least 1
     models:list|Callable|None=None, # k models, or a function that makes one; `None`: copies of the model
-    init:Literal['all','head']|None=None, # What to re-initialise; `None`: `head` if pretrained or frozen
+    init:Literal['all','head']|None=None, # What to re-initialise; `None`: `head` if pretrained, frozen or of texts
     seed:int|None=None # Seed of the new weights; `None` draws one from torch's global random state
 )->Learner: # The learner
     "Turn the model into k peers with one optimizer; after an error the learner is as before"
@@ -66,7 +78,9 @@ def to_peers(self:Learner,
         raise ValueError("opt_func holds the parameters of one model already: pass a function "
                          "that makes an optimizer, such as partial(OptimWrapper, "
                          "opt=torch.optim.Adam)")
-    peers = make_peers(model if models is None else models, k, init or _default_init(self), splitter, seed)
+    init = init or _default_init(self)
+    with _thawed(opt, init): peers = make_peers(model if models is None else models, k, init, splitter, seed)
+    if models is None: _freeze_as(peers.peers, model)
     try:
         self.model = peers.to(next(model.parameters()).device).train(model.training)
         self.splitter = PeerSplitter(splitter)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log_of_mean', 'mean_log_prob', 'mean_logit', 'Peers', 'check_k', 'check_seed', 'reset_weights', 'all_differ',
-           'make_peers', 'copied']
+           'make_peers', 'as_groups', 'copied']
 
 # %% ../nbs/03_peers.ipynb #59554935
 import copy, math, numpy as np, torch
@@ -119,8 +119,7 @@ def peer(self:Peers,
     i:int # Which peer, in [0, k); else a `ValueError`
 )->nn.Module: # The network itself, not a copy
     "Take out a single peer as a plain model, for deployment"
-    if not 0 <= i < self.k: raise ValueError(f"i={i!r} must lie in [0, {self.k}): there are "
-                                             f"{self.k} peers")
+    if not 0 <= i < self.k: raise ValueError(f"i={i!r} must lie in [0, {self.k}): there are {self.k} peers")
     return self.peers[i]
 
 @patch
@@ -151,10 +150,10 @@ def check_seed(
     seed:int # A seed, or `None`
 )->int: # `seed`
     "Return `seed`, or raise a `ValueError` if it is neither `None` nor an integer of at least 0"
-    if seed is None: return seed
-    return check_number('seed', seed, lambda v: isinstance(v, Integral) and v >= 0,
-                        'be None or an integer of at least 0')
+    ok = lambda v: isinstance(v, Integral) and v >= 0
+    return seed if seed is None else check_number('seed', seed, ok, 'be None or an integer of at least 0')
 
+# %% ../nbs/03_peers.ipynb #03c0c5ec
 def _reset_func(m): return getattr(m, 'reset_parameters', None) or getattr(m, '_reset_parameters', None)
 
 def reset_weights(
@@ -162,23 +161,28 @@ def reset_weights(
     seed:int, # Seed of the new weights; the global random state stays as it was
     only:Sequence|None=None # Parameters that may change; `None`: all
 )->nn.Module: # `model`
-    "Re-initialise each layer by its `reset_parameters`, at the scale of the old weights"
+    "Re-initialise each layer that is not frozen by its `reset_parameters`, at the scale of the old weights"
     ids = None if only is None else {id(p) for p in only}
-    drawn,left = False,[]
+    drawn,left,keep_norms = False,[],only is None and _is_frozen(model)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         for m in model.modules():
             own,reset = list(m.parameters(recurse=False)),_reset_func(m)
             if not own or ids is not None and any(id(p) not in ids for p in own): continue
-            if reset is None:
-                left += own
-                continue
+            if keep_norms and _is_norm(m): continue # it may belong to a pretrained body
+            if reset is None: left += own
+            if reset is None or _is_frozen(m): continue
             old,drawn = [p.clone() for p in own],True
             reset()
             for p,o in zip(own,old): _at_scale(p, o)
-        if drawn:
-            for p in left: p.copy_(p.flatten()[torch.randperm(p.numel()).to(p.device)].view_as(p))
+            left += [p for p,o in zip(own,old) if torch.equal(p, o) and _varies(p)]
+        for p in left if drawn else []:
+            if p.requires_grad: p.copy_(p.flatten()[torch.randperm(p.numel()).to(p.device)].view_as(p))
     return model
+
+def _is_frozen(m): return not all(p.requires_grad for p in m.parameters())
+def _is_norm(m): return any('Norm' in c.__name__ for c in type(m).__mro__)
+def _varies(p): return p.numel() > 1 and bool((p != p.flatten()[0]).any())
 
 def _at_scale(new, old):
     "Rescale new weights to the old standard deviation, if this is not that of the default"
@@ -195,8 +199,7 @@ def all_differ(
 
 def _same_weights(a, b):
     a,b = list(a.parameters()),list(b.parameters())
-    if len(a) != len(b): return False
-    return all(o.shape == p.shape and torch.equal(o.to(p.device), p) for o,p in zip(a, b))
+    return len(a) == len(b) and all(o.shape == p.shape and torch.equal(o.to(p.device), p) for o,p in zip(a, b))
 
 # %% ../nbs/03_peers.ipynb #55feefa1
 def make_peers(
@@ -218,8 +221,7 @@ def make_peers(
     if models is not None: pass
     elif isinstance(model, nn.Module): models = _copies(model, k, init, splitter, seed)
     elif callable(model): models = [model() for _ in range(k)]
-    else: raise ValueError(f"model={model!r} must be a model, a list of models, or a function that "
-                           "makes a model")
+    else: raise ValueError(f"model={model!r} must be a model, a list of models, or a function that makes a model")
     peers = Peers(models)
     if not all_differ(peers.peers): raise ValueError(_same_msg(models[0], init))
     return peers
@@ -229,10 +231,23 @@ def _copies(model, k, init, splitter, seed):
     if seed is None and k>1: seed = int(torch.randint(2**31, (1,)))
     copies = [copied(model) for _ in range(k-1)]
     for i,m in enumerate(copies):
-        head = L(splitter(m))[-1] if init == 'head' else None
-        reset_weights(m, _peer_seed(seed, i), head)
+        reset_weights(m, _peer_seed(seed, i), _head(splitter, m) if init == 'head' else None)
     return [model] + copies
 
+def as_groups(
+    groups # What a splitter returns: a list of parameters, or a list of groups
+)->list: # Groups, each an `L` of parameters
+    "The parameter groups of a model, as fastai's optimizer takes them"
+    groups = L(groups)
+    return [L(g) for g in groups] if groups and isinstance(groups[0], (list,L)) else [groups]
+
+def _head(splitter, model):
+    groups = as_groups(splitter(model))
+    if len(groups) > 1: return groups[-1]
+    raise ValueError(f"init='head' needs at least two parameter groups, and splitter={splitter!r} gives {len(groups)}: "
+                     "pass the learner a splitter that gives the head last, or init='all', which keeps what is frozen")
+
+# %% ../nbs/03_peers.ipynb #55feefa2
 def copied(
     model:nn.Module # Left unchanged
 )->nn.Module: # With weights of its own
@@ -245,9 +260,11 @@ def _peer_seed(seed, i):
     return int(np.random.SeedSequence([seed, i+1]).generate_state(1)[0])
 
 def _same_msg(model, init):
-    own = [m for m in model.modules() if list(m.parameters(recurse=False))]
+    own = [m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
     names = sorted({type(m).__name__ for m in own if not _reset_func(m)})
+    frozen = [not p.requires_grad for p in model.parameters()]
     why = f"init={init!r} changed nothing"
     if names: why = f"{', '.join(names)} cannot be re-initialised (no `reset_parameters`)"
+    if any(frozen): why += f", and {sum(frozen)} of {len(frozen)} parameters are frozen, which stay as they are"
     return (f"the peers have the same weights and would stay the same forever: {why}"
             ". Pass a factory, a function that makes a new network at each call, or a list of k networks")

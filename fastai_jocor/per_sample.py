@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['plain', 'first_output', 'label_column', 'is_plain_ce', 'is_multi_label', 'per_sample_loss', 'cross_entropy_of',
-           'class_weights', 'without_weights', 'ignored_label']
+           'class_weights', 'without_weights', 'ignored_label', 'another_mean']
 
 # %% ../nbs/03f_per_sample.ipynb #306780ba
 import torch
 from copy import deepcopy
 from fastai.basics import *
 from fastai.layers import NoneReduce
+from .losses import widened
 
 # %% ../nbs/03f_per_sample.ipynb #26bcc672
 def plain(
@@ -84,23 +85,31 @@ def per_sample_loss(
 # %% ../nbs/03f_per_sample.ipynb #24fa659b
 def cross_entropy_of(
     loss_func # The learner's loss
-)->nn.CrossEntropyLoss|None: # `None` for any other loss
-    "The `nn.CrossEntropyLoss` that a loss is, or that fastai's loss wraps"
+)->nn.Module|Callable|None: # `None` for any other loss
+    "The cross-entropy or `nll_loss` that a loss is, or that fastai's loss or a `partial` wraps"
     f = getattr(loss_func, 'func', loss_func)
-    return f if type(f) is nn.CrossEntropyLoss else None
+    if f in (F.cross_entropy,F.nll_loss): return None if getattr(loss_func, 'args', ()) else f
+    is_same = lambda o: isinstance(f, o) and type(f).forward is o.forward
+    return f if any(map(is_same, (nn.CrossEntropyLoss,nn.NLLLoss))) else None
+
+def _setting(loss_func, name, default=None):
+    "An argument of a cross-entropy, `None` for any other loss"
+    f = cross_entropy_of(loss_func)
+    if f is None or isinstance(f, nn.Module): return getattr(f, name, None)
+    return getattr(loss_func, 'keywords', {}).get(name, default)
 
 def class_weights(
     loss_func # The learner's loss
 )->Tensor|None: # Shape (C,); `None` without weights
     "The class weights of a cross-entropy"
-    f = cross_entropy_of(loss_func)
-    return None if f is None else f.weight
+    return _setting(loss_func, 'weight')
 
 def without_weights(
     loss_func # The learner's loss
 )->object: # The loss itself if it has no weights, else a copy
     "The same loss without class weights"
     if class_weights(loss_func) is None: return loss_func
+    if isinstance(loss_func, partial): return partial(loss_func, weight=None)
     res = deepcopy(loss_func)
     cross_entropy_of(res).weight = None
     return res
@@ -109,6 +118,36 @@ def ignored_label(
     loss_func # The learner's loss
 )->int|None: # `ignore_index`; `None` for a loss that is no cross-entropy
     "The label that stands for a missing one"
-    if loss_func is F.cross_entropy: return -100
-    f = cross_entropy_of(loss_func)
-    return None if f is None else f.ignore_index
+    return _setting(loss_func, 'ignore_index', -100)
+
+# %% ../nbs/03f_per_sample.ipynb #5b1c7a02
+def _own_and_mean(loss_func, z, y):
+    "The value of a loss, and the mean of its losses per item that is trained on"
+    z,no_label = widened(z),ignored_label(loss_func)
+    weight = None if is_multi_label(loss_func, y) else class_weights(loss_func)
+    loss = deepcopy(loss_func) # what it remembers stays as it was
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        own = torch.as_tensor(plain(loss(z, y)))
+        f = per_sample_loss(loss, z, y) or partial(F.cross_entropy, ignore_index=no_label, reduction='none')
+        torch.manual_seed(0)
+        each = f(z, y)
+    if no_label is not None: each,y = each[y != no_label],y[y != no_label]
+    return own, each.mean() if weight is None else each.sum()/weight[y].sum(), each.numel()
+
+def another_mean(
+    loss_func, # The learner's loss
+    logits:Tensor, # Logits of one model, shape (N, C)
+    targ:Tensor # Labels, shape (N,), or (N, C) of 0 and 1 with several labels per item
+)->str|None: # The text of a warning; `None` if the two are the same, or cannot be compared
+    "Whether the value of a loss is not the mean of its losses per item, on which peers train"
+    try: own,mean,n = _own_and_mean(loss_func, logits, targ)
+    except Exception: return
+    mean = mean.to(own)
+    if own.ndim or not (own-mean).isfinite() or torch.isclose(own, mean, 1e-3, 1e-4): return
+    start = (f"loss_func={loss_func!r} is {own.item():.4g} on a batch, and the mean of its losses per item, on which "
+             f"peers train, {mean.item():.4g}: ")
+    if n > 1 and torch.isclose(own, n*mean, 1e-3, 1e-4):
+        return start + "it is their sum; pass reduction='mean', and a learning rate that fits it"
+    return start + ("pass a loss that is the mean over its items, or CrossEntropyLossFlat(weight=..., "
+                    "label_smoothing=..., ignore_index=...), whose class weights and ignored label are heeded")

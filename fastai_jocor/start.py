@@ -107,6 +107,7 @@ def what_is_lost(
         if n: yield (f"{n} of the {len(dl.dataset)} training items have the label '#na#', which stands for a missing "
                      "one, and it is trained as a class: leave them out of the data set, or pass "
                      "loss_func=CrossEntropyLossFlat(ignore_index=0)")
+    if s.other_mean: yield s.other_mean
     own = s.per_sample is not None and not s.multi_label and cross_entropy_of(learn.loss_func) is None
     if own and _tells_logits(s, next(learn.model.parameters())):
         yield (f"loss_func={learn.loss_func!r} gives other values for the log-softmax of logits than for the logits, "

@@ -60,7 +60,7 @@ class PeersCallback(FitState, Callback):
         num_gradual:int|None=None, # Epochs over which R rises to τ; `None`: see `default_num_gradual`
         exponent:float=1., # Exponent c > 0: the rise ends at τ**c
         models:list|Callable|None=None, # k models, or a function that makes one; `None`: copies of the model
-        init:Literal['all','head']|None=None, # What to re-initialise; `None`: `head` if pretrained or frozen
+        init:Literal['all','head']|None=None, # What to re-initialise; `None`: `head` if pretrained, frozen or of texts
         seed:int|None=None, # Seed of the new weights; `None` draws one from torch's random state
         restart:bool=False, # Start the forget schedule over in every fit, instead of going on
         select:Literal['global','local']='global', # Select from all processes' batches together, or each

@@ -1,9 +1,11 @@
 "Class weights, smoothed labels and items without a label, under both rules."
-import copy, pytest, torch
-from functools import lru_cache
+import copy, pytest, re, torch
+from functools import lru_cache, partial
 import torch.nn.functional as F
 from fastai.vision.all import Callback, DataLoader, DataLoaders, Learner, nn
+from fastai.losses import BaseLoss, FocalLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai_jocor.all import JoCorCallback, jocor_mlp
+from fastai_jocor.per_sample import another_mean, class_weights, ignored_label, without_weights
 from fastai_jocor.lab.run import fast_adam
 from learners import Record, Step, digits64, finite, mlps64, quiet
 from sklearn.datasets import load_digits
@@ -31,6 +33,83 @@ def test_one_network_that_drops_nothing_is_plain_training(kw):
     single.fit(2, 2e-3, cbs=JoCorCallback(k=1, models=[net], forget_rate=0., rule='schedule'))
     reference.assert_same_weights([plain.model], single.model.peers, atol=1e-9)
     assert plain.recorder.values[-1][1] == pytest.approx(single.recorder.values[-1][1], rel=1e-5)
+
+class SameCE(nn.CrossEntropyLoss): "A subclass with nothing of its own"
+class Twice(nn.CrossEntropyLoss):
+    def forward(self, z, y): return 2*super().forward(z, y)
+
+def log_probs(learn):
+    "A learner whose model ends in log-probabilities, as `nll_loss` takes them"
+    learn.model.append(nn.LogSoftmax(-1))
+    return learn
+
+SETTINGS = dict(weight=WEIGHT),dict(ignore_index=3),dict(weight=WEIGHT, ignore_index=3)
+MAKES = (SameCE, nn.NLLLoss, lambda **kw: partial(F.cross_entropy, **kw), lambda **kw: partial(F.nll_loss, **kw))
+
+@pytest.mark.parametrize('kw', SETTINGS, ids=('weight','ignored','both'))
+@pytest.mark.parametrize('make', MAKES, ids=('subclass','nll','partial','partial nll'))
+@pytest.mark.filterwarnings('error:loss_func')
+def test_other_cross_entropies_train_alike(make, kw):
+    "One network that drops nothing is trained as without the callback, and knows weights and the ignored label"
+    plain,single = digits64(),digits64()
+    loss = make(**kw)
+    for learn in (plain,single):
+        if 'nll' in repr(loss).lower(): log_probs(learn)
+        learn.loss_func = loss
+    net = copy.deepcopy(plain.model)
+    plain.fit(1, 2e-3, cbs=FloatLoss())
+    seen = []
+    cb = JoCorCallback(k=1, models=[net], forget_rate=0., rule='schedule')
+    single.fit(1, 2e-3, cbs=[cb, Step(lambda l: seen.append((l.selection.weight, l.selection.no_label)))])
+    reference.assert_same_weights([plain.model], single.model.peers, atol=1e-9)
+    weight,no_label = seen[0]
+    assert weight is kw.get('weight') or torch.equal(weight, kw['weight'])
+    assert no_label == kw.get('ignore_index', -100)
+
+def test_what_fastai_wraps():
+    loss = BaseLoss(nn.NLLLoss, weight=WEIGHT, ignore_index=3)
+    assert ignored_label(loss) == 3 and class_weights(without_weights(loss)) is None
+    assert torch.equal(class_weights(loss), WEIGHT)
+    assert class_weights(Twice(weight=WEIGHT)) is ignored_label(Twice()) is None
+
+@pytest.mark.parametrize('loss,text', (
+    (LabelSmoothingCrossEntropyFlat(weight=WEIGHT.float()), r'CrossEntropyLossFlat\(weight='),
+    (Twice(weight=WEIGHT), r'CrossEntropyLossFlat\(weight='), (Twice(ignore_index=3), 'mean of its losses per item'),
+    (nn.CrossEntropyLoss(reduction='sum'), "it is their sum; pass reduction='mean'"),
+    (partial(F.cross_entropy, reduction='sum'), "it is their sum; pass reduction='mean'")))
+def test_a_loss_that_is_another_mean(loss, text):
+    "One warning, before training"
+    learn = digits64()
+    learn.loss_func = loss
+    with pytest.warns(UserWarning, match='loss_func=.* on a batch, and the mean') as seen:
+        learn.fit(2, 0., cbs=[JoCorCallback(k=1, forget_rate=0., rule='schedule'), FloatLoss()])
+    told, = [str(o.message) for o in seen if 'on a batch, and the mean' in str(o.message)]
+    assert re.search(text, told)
+
+def test_a_loss_that_draws_or_remembers():
+    "Is compared with the same draws, and what it remembers and the global random state stay"
+    class Noisy(nn.Module):
+        reduction,n = 'mean',0
+        def forward(self, z, y):
+            self.n += 1
+            each = F.cross_entropy(z, y, reduction='none')*torch.rand(len(y))
+            return each if self.reduction == 'none' else each.mean()
+    loss,z,y = Noisy(),torch.randn(20,3),torch.randint(0,3,(20,))
+    state = torch.get_rng_state()
+    assert another_mean(loss, z, y) is None and loss.n == 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+@pytest.mark.parametrize('loss', (F.cross_entropy, LabelSmoothingCrossEntropyFlat(), FocalLossFlat(),
+    FocalLossFlat(weight=WEIGHT[:3].float()), nn.MultiMarginLoss(),
+    lambda z,y: F.cross_entropy(z, y, reduction='none')))
+def test_losses_that_are_their_mean(loss):
+    assert another_mean(loss, torch.randn(20,3), torch.randint(0,3,(20,))) is None
+
+def test_losses_that_cannot_be_compared():
+    "No item has a label; the loss fails"
+    z,y = torch.randn(5,3),torch.full((5,), -100)
+    assert another_mean(nn.CrossEntropyLoss(), z, y) is None
+    assert another_mean(lambda z,y: z[9], z, y) is None
 
 @lru_cache
 def trained():

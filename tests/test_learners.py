@@ -149,14 +149,21 @@ def test_text_learner(tmp_path):
     config = {**awd_lstm_clas_config, 'emb_sz': 24, 'n_hid': 32, 'n_layers': 2}
     kwargs = dict(config=config, pretrained=False, metrics=accuracy, drop_mult=.1)
     make = lambda: quiet(text_classifier_learner(dls, AWD_LSTM, **kwargs))
-    learn,cb = make(),JoCorCallback(k=3)
+    learn,cb = make(),JoCorCallback(k=3, init='all')
     with silent(): learn.fit_one_cycle(8, 1e-2, cbs=cb)
     assert learn.recorder.values[-1][2] > .75 and cb.history.label_precision.iloc[-1] > cb.history.label_precision[0]
     a,b = [m[0].module.rnns[0].weight_hh_l0_raw for m in learn.model.peers][:2]
     assert not torch.equal(a, b)
-    stds = [m[0].module.encoder.weight.std() for m in make().to_peers(3, seed=1).model.peers]
+    stds = [m[0].module.encoder.weight.std() for m in make().to_peers(3, init='all', seed=1).model.peers]
     assert max(stds)/min(stds) < 1.3
     same_after_export(learn, 'so it was good', tmp_path)
+    make().save_encoder('encoder')
+    learn = make().load_encoder('encoder')
+    learn.unfreeze()
+    encoder,head = [[p.detach().clone() for p in m.parameters()] for m in learn.model]
+    for i,m in enumerate(learn.to_peers(3, seed=1).model.peers):
+        assert all(map(torch.equal, encoder, m[0].parameters()))
+        assert i == 0 or not all(map(torch.equal, head, m[1].parameters()))
 
 def test_tabular_learner(tmp_path):
     from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularPandas, tabular_learner

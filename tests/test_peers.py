@@ -3,7 +3,9 @@ import copy, pytest, torch
 from torch import nn
 from fastai.vision.all import xresnet18, create_head, params
 from fastai_jocor.peers import *
+from fastai_jocor.all import JoCorCallback
 from fastai_jocor.lab.datasets import jocor_cnn, jocor_mlp
+from learners import tensors
 
 def transformer():
     return nn.Sequential(nn.Embedding(9,6), nn.TransformerEncoderLayer(6, 2, batch_first=True), nn.Linear(6,10))
@@ -63,3 +65,89 @@ def test_same_weights_are_refused():
 def test_a_seed_that_made_the_model_makes_no_twin():
     torch.manual_seed(0)
     assert make_peers(jocor_mlp(), 2, seed=0).k == 2
+
+# --- what is frozen
+
+def same_state(a, b): return all(torch.equal(p, q) for p,q in zip(a.state_dict().values(), b.state_dict().values()))
+
+def trained_body(train_norms=False):
+    "A frozen body, whose norms have learned something, and a head"
+    body = nn.Sequential(nn.Linear(8,8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8,6), nn.LayerNorm(6))
+    body(torch.randn(50,8)+3)
+    for m in body:
+        norm = isinstance(m, (nn.BatchNorm1d, nn.LayerNorm))
+        if norm: nn.init.normal_(m.weight)
+        for p in m.parameters(): p.requires_grad_(norm and train_norms)
+    return nn.Sequential(body, nn.Linear(6,3))
+
+@pytest.mark.parametrize('train_norms', (False,True))
+def test_what_is_frozen_by_hand_stays(train_norms):
+    "And so do the norms of a frozen body, also if they train"
+    model = trained_body(train_norms)
+    old = copy.deepcopy(model)
+    learn = tensors(torch.randn(40,8), torch.randint(0,3,(40,)), model).to_peers(3, seed=0)
+    for m in learn.model.peers: assert same_state(m[0], old[0])
+    a,b,c = [m[1].weight for m in learn.model.peers]
+    assert not (torch.equal(a, b) or torch.equal(a, c) or torch.equal(b, c))
+
+def test_a_frozen_body_is_the_same_after_a_fit():
+    model = trained_body()
+    old = copy.deepcopy(model)
+    learn = tensors(torch.randn(40,8), torch.randint(0,3,(40,)), model)
+    learn.fit(1, 1e-2, cbs=JoCorCallback(k=2, rule='schedule', forget_rate=0.))
+    for m in learn.model.peers: assert torch.equal(m[0][0].weight, old[0][0].weight)
+
+def test_a_frozen_parameter_is_not_shuffled():
+    model = nn.Sequential(nn.Linear(4,4))
+    model.place = nn.Parameter(torch.arange(20.), requires_grad=False)
+    model.token = nn.Parameter(torch.arange(20.))
+    a,b = make_peers(model, 2, seed=0).peers
+    assert torch.equal(a.place, b.place) and not torch.equal(a.token, b.token)
+
+def test_nothing_left_to_draw_anew():
+    model = trained_body()
+    model[1].requires_grad_(False)
+    with pytest.raises(ValueError, match="init='all' changed nothing, and 10 of 10 parameters are frozen"):
+        make_peers(model, 2)
+
+def test_all_layers_that_fastai_has_frozen_are_drawn_anew():
+    "They will be trained after `unfreeze`; the optimizer's frozen groups stay"
+    split = lambda m: [params(m[0]), params(m[1])]
+    learn = tensors(torch.randn(40,8), torch.randint(0,3,(40,)), nn.Sequential(nn.Linear(8,6), nn.Linear(6,3)))
+    learn.splitter = split
+    learn.freeze()
+    learn.to_peers(2, init='all', seed=0)
+    a,b = learn.model.peers
+    assert not torch.equal(a[0].weight, b[0].weight)
+    assert [p.requires_grad for m in (a,b) for p in m.parameters()] == [False,False,True,True]*2
+    assert learn.opt.frozen_idx == 1
+
+# --- groups
+
+def test_a_head_needs_two_groups():
+    learn = tensors(torch.randn(40,8), torch.randint(0,3,(40,)), nn.Sequential(nn.Linear(8,6), nn.Linear(6,3)))
+    learn.pretrained = True
+    with pytest.raises(ValueError, match="at least two parameter groups.*gives 1: pass the learner a splitter"):
+        learn.to_peers(2)
+    assert isinstance(learn.model, nn.Sequential)
+    assert learn.to_peers(2, init='all').model.k == 2
+
+def test_groups_as_fastai_takes_them():
+    model = nn.Linear(2,3)
+    assert [len(g) for g in as_groups(params(model))] == [2]
+    assert [len(g) for g in as_groups([[model.weight],[model.bias]])] == [1,1]
+    assert [len(g) for g in as_groups([])] == [0]
+
+# --- weights that a layer computes from others
+
+@pytest.mark.filterwarnings('ignore:.*weight_norm.*:FutureWarning')
+@pytest.mark.parametrize('derive', (nn.utils.weight_norm, nn.utils.spectral_norm,
+    nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm))
+def test_derived_weights_differ(derive):
+    make = lambda: nn.Sequential(derive(nn.Linear(8,8)), nn.ReLU(), derive(nn.Linear(8,3)))
+    peers = make_peers(make(), 3, seed=0).train()
+    out = peers(torch.randn(20,8))
+    assert out.isfinite().all()
+    for at in (0,2):
+        a,b,c = [m[at].weight for m in peers.peers]
+        assert not (torch.equal(a, b) or torch.equal(a, c) or torch.equal(b, c))
