@@ -19,9 +19,11 @@ from .trainer import PeersCallback
 
 # %% ../nbs/14_audit.ipynb #a0d10006
 def _class_names(codes, vocab):
-    "Class names of class indices; `None` for -1"
+    "Class names of class indices; `None` for -1, and `output 10` for an output that has no class"
     codes = np.asarray(codes)
-    names = range(codes.max(initial=0)+1) if vocab is None else vocab
+    n = int(codes.max(initial=-1))+1
+    names = list(range(n) if vocab is None else vocab)
+    names += [f'output {i}' for i in range(len(names), n)]
     return np.array([*names, None], dtype=object)[codes]
 
 @patch(as_prop=True)

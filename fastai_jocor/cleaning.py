@@ -11,7 +11,7 @@ from fastai.basics import *
 from fastai.tabular.core import Tabular
 from .noise import NoiseRecord
 from .blocks import NoisyLabel
-from .state import class_names_of, item_names
+from .state import class_names_of, classes_of, item_names
 from .trainer import PeersCallback
 from .audit import suspect_scores
 
@@ -31,7 +31,7 @@ def cleaned(
     if how == 'relabel': labels[pos] = _predicted(suspects, vocab)
     else: left = np.setdiff1d(left, pos)
     if not len(left): raise ValueError("suspects hold every training item, so nothing is left to train on")
-    new = _loader(train, labels, left, vocab, _record_of(dls, labels, left))
+    new = _loader(train, labels, left, classes_of(dls), _record_of(dls, labels, left))
     return type(dls)(new, *dls.loaders[1:], path=dls.path, device=dls.device)
 
 # %% ../nbs/15_cleaning.ipynb #c1ea0012
@@ -68,7 +68,7 @@ def _predicted(suspects, vocab):
 
 # %% ../nbs/15_cleaning.ipynb #c1ea0015
 class KnownLabel(Transform):
-    "Pass class names through unchanged, and hold the record of label noise in `noise`"
+    "Pass classes through unchanged, and hold the record of label noise in `noise`"
     def __init__(self,
         noise:NoiseRecord|None=None # The record; `None` if there is none
     ):

@@ -42,22 +42,24 @@ def body_of(
     return nn.Sequential(body, Pool(getattr(head, 'bptt', None)))
 
 # %% ../nbs/13_features.ipynb #a51026f2
-class _Rest:
-    "The positions that have not been read yet, in order"
-    def __init__(self, start, n): self.start,self.n = start,n
-    def __call__(self): return list(range(self.start, self.n))
+class _Positions:
+    "The positions to read, in order"
+    def __init__(self, idxs): self.idxs = idxs
+    def __call__(self): return list(self.idxs)
 
 def in_order(
     dl:DataLoader, # Loader of the data set to read
     start:int=0, # Position to start from
     bs:int=64, # Items per batch
-    progress:bool=True # Show a progress bar
+    progress:bool=True, # Show a progress bar
+    idxs:Sequence|None=None # Positions to read; `None`: all from `start` on
 )->object: # Yields the inputs of each batch, a tuple
     "Read the items of a loader in order, as in validation: without augmentation"
-    ds,n = dl.dataset,len(dl.dataset)
-    new = dl.new(shuffle=False, drop_last=False, bs=bs, get_idxs=_Rest(start, n))
+    ds = dl.dataset
+    if idxs is None: idxs = range(start, len(ds))
+    new = dl.new(shuffle=False, drop_last=False, bs=bs, get_idxs=_Positions(idxs))
     with ds.set_split_idx(1) if hasattr(ds, 'set_split_idx') else nullcontext():
-        batches = progress_bar(new, total=math.ceil((n-start)/bs), leave=False) if progress else new
+        batches = progress_bar(new, total=math.ceil(len(idxs)/bs), leave=False) if progress else new
         for b in batches: yield b[:getattr(new, 'n_inp', 1)]
 
 def _laid_out(x):
@@ -149,7 +151,9 @@ def kept_features(
     progress:bool=True # Show a progress bar
 )->np.ndarray: # Shape (n, features), float16
     "The features of all items of a data set, read from a file if there is one"
-    n,key = len(dl.dataset),None if folder is None else feature_key(body, dl)
+    n = len(dl.dataset)
+    if not n: return np.empty((0,0), dtype=np.float16)
+    key = None if folder is None else feature_key(body, dl)
     if key is None: return np.concatenate(list(read_features(body, dl, 0, bs, progress)))
     file = Path(folder)/f'{key}.npy'
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -226,6 +230,7 @@ def _vocab_of(dls):
                      "class per item, and dls.vocab")
 
 def _projected(projection, x):
+    if not len(x): return projection.mean.new_empty(0, projection.axes.shape[1])
     return torch.cat([projection(tensor(np.asarray(o)).float()) for o in np.array_split(x, max(1, len(x)//5000))])
 
 def feature_dls(
@@ -245,11 +250,10 @@ def feature_dls(
     vocab = _vocab_of(dls)
     folder = _usual_folder() if folder is None else folder
     body.to(dls.device or default_device())
-    sets = [dl for dl in dls.loaders if len(dl.dataset)]
-    xs = [kept_features(body, dl, folder, body_bs, progress) for dl in sets]
+    xs = [kept_features(body, dl, folder, body_bs, progress) for dl in dls.loaders]
     bs = bs or (64 if len(xs[0]) < 5000 else 128)
     projection = Projection(xs[0], n_components, seed)
-    new = [_feature_dl(_projected(projection, x), dl, vocab, bs, i == 0) for i,(x,dl) in enumerate(zip(xs, sets))]
+    new = [_feature_dl(_projected(projection, x), dl, vocab, bs, dl is dls.train) for x,dl in zip(xs, dls.loaders)]
     new[0].rng.seed(seed)
     if len(new) == 1: new.append(new[0].new(new[0].dataset.new_empty(), shuffle=False, drop_last=False))
     return _like(dls, new, projection)

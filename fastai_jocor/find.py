@@ -12,20 +12,22 @@ from scipy import special
 from fastai.basics import *
 from fastai.vision.data import get_grid
 from .losses import check_number
+from .batch import same_random_states
+from .per_sample import ignored_label
 from .state import class_names_of, item_names
 from .callback import JoCorCallback
 from .features import body_of, FeatureItems, given_labels
 from .neighbours import far_out, near_duplicates, nearest
 from .certainty import in_words, summary_of
-from .audit import show_item
-from .judge import fine_tuned, fit_heads, Judgement, peer_log_probs
+from .audit import show_item, _class_names
+from .judge import by_heart, fine_tuned, fit_heads, Judgement, peer_log_probs
 
 # %% ../nbs/16b_find.ipynb #a2088960
 def nearest_of(
     dls:DataLoaders # From `feature_dls`
 )->tuple: # Distances and positions, as from `nearest`, training items first
     "The nearest neighbours of all training and validation items, by the first 64 components of their features"
-    return nearest(torch.cat([dl.dataset.x[:,:64] for dl in dls.loaders]).cpu().numpy())
+    return nearest(torch.cat([dl.dataset.x[:,:64] for dl in dls.loaders[:2]]).cpu().numpy())
 
 def _note_of(table, pairs, far):
     "What its neighbours show about each item"
@@ -33,15 +35,17 @@ def _note_of(table, pairs, far):
     for p in pairs.itertuples():
         for i,j in ((p.first,p.second), (p.second,p.first)):
             a,b = table.loc[i],table.loc[j]
-            if a.given_label == b.given_label and a.part == b.part: continue
+            if a.given_label == b.given_label and a.part == b.part or pd.isna(b.given_label): continue
             where = '' if a.part == b.part else f' of the {b.part} set'
             note[i] = note[i] or f'almost equal to {b["item"]}{where}, labelled {b.given_label}'
     return note
 
+# %% ../nbs/16b_find.ipynb #c41d77e2
 _Patched:Any = object # For type checkers: other cells give the class its methods
 
 class LabelAudit(_Patched):
     "The result of `audit_labels`: `table` says of each item how probably its label is wrong"
+    by_heart = False # Whether the body has probably learned the labels by heart, wrong ones included
     def __init__(self,
         learn:Learner, # The learner whose labels are audited
         heads:Learner, # From `fit_heads` or `fine_tuned`
@@ -54,28 +58,32 @@ class LabelAudit(_Patched):
         for part,dl,_ in loaders: self.judged[part] = self._judge(part, dl)
         self.vocab = class_names_of(learn.dls) or list(range(self.judged['train'].n_classes))
         self.table = pd.concat([self._rows(part, own) for part,_,own in loaders], ignore_index=True)
+        if 'flipped' in self.table: self.table['flipped'] = self.table.flipped.astype('boolean')
         distances,positions = np.empty((2,len(self.table),0)) if neighbours is None else neighbours
         self.pairs,self.far = near_duplicates(distances, positions),far_out(distances)
         self.table.insert(7, 'note', _note_of(self.table, self.pairs, self.far))
 
     def _judge(self, part, dl):
         given,said = given_labels(dl),peer_log_probs(self.heads, dl)
+        none = ignored_label(self.learn.loss_func)
+        if none is not None: given = np.where(given == none, -1, given)
+        if none in range(said.shape[-1]): said[...,none] = -np.inf
         hidden = self.cb.evidence.hidden.cpu().numpy() if part == 'train' else np.full(len(given), -1)
-        few = part == 'valid' and len(given) < 200
+        few = part == 'valid' and (given >= 0).sum() < 200
         return Judgement(said, hidden, given, self.judged['train'].posterior if few else None)
 
     def _rows(self, part, dl):
-        j,names = self.judged[part],np.array(self.vocab, dtype=object)
+        j,named = self.judged[part],partial(_class_names, vocab=self.vocab)
         at = np.arange(len(j.given))
-        own,best = j.untold[at,j.given],j.untold.max(-1)
+        own,best,votes = j.untold[at,j.given],j.untold.max(-1),named(j.untold.argmax(-1))
         rows = pd.DataFrame(dict(
-            part=part, position=at, item=item_names(dl.dataset), given_label=names[j.given],
-            predicted_label=names[j.believed], p_wrong=j.p_wrong, score=special.logit(np.clip(j.p_wrong, 1e-9, 1-1e-9)),
-            evidence=[f'{np.exp(o):.0%} for the label, {np.exp(b):.0%} for {names[v]}'
-                      for o,b,v in zip(own, best, j.untold.argmax(-1))]))
+            part=part, position=at, item=item_names(dl.dataset), given_label=named(j.given),
+            predicted_label=named(j.believed), p_wrong=j.p_wrong, score=special.logit(np.clip(j.p_wrong, 1e-9, 1-1e-9)),
+            evidence=[f'{np.exp(o):.0%} for the label, {np.exp(b):.0%} for {v}' if known else ''
+                      for o,b,v,known in zip(own, best, votes, j.known)]))
         record = getattr(self.learn.dls, 'noise', None)
         if part == 'train' and hasattr(record, 'flipped') and len(record) == len(rows):
-            rows = rows.assign(true_label=names[record.true], flipped=record.flipped)
+            rows = rows.assign(true_label=named(record.true), flipped=record.flipped)
         return rows
 
 # %% ../nbs/16b_find.ipynb #a77e0068
@@ -87,7 +95,10 @@ def learned(self:LabelAudit)->bool: # `False`: a list of suspects would mean not
 @patch(as_prop=True)
 def trusted(self:LabelAudit)->bool: # `False`: the numbers are a guess
     "Whether the networks know enough to tell how many labels are wrong"
-    return self.judged['train'].trusted
+    return self.judged['train'].trusted and not self.by_heart
+
+_by_heart = ('the body has probably learned these labels by heart, wrong ones included, so the heads find few of them: '
+             'audit before training, or pass features=False')
 
 def _check_part(part):
     if part not in (None,'train','valid'): raise ValueError(f"part={part!r} must be 'train', 'valid' or None for both")
@@ -95,16 +106,17 @@ def _check_part(part):
 @patch
 def expected_wrong(self:LabelAudit,
     part:Literal['train','valid']|None=None # `None` for both
-)->dict: # Numbers of wrong labels, `expected`, `low` and `high`, among `n` items
+)->dict: # Numbers of wrong labels, `expected`, `low` and `high`, among `n` items that have one
     "How many labels are expected to be wrong, with bounds"
     _check_part(part)
     js = [j for name,j in self.judged.items() if part in (None,name)]
-    total = lambda of: float(sum(of(j)*len(j.given) for j in js))
-    return dict(expected=total(lambda j: j.p_wrong.mean()), low=total(lambda j: j.low), high=total(lambda j: j.high),
-                n=sum(len(j.given) for j in js))
+    total = lambda of: float(sum(of(j)*j.known.sum() for j in js if j.known.any()))
+    return dict(expected=total(lambda j: np.nanmean(j.p_wrong)), low=total(lambda j: j.low),
+                high=total(lambda j: j.high), n=int(sum(j.known.sum() for j in js)))
 
 @patch
 def __str__(self:LabelAudit):
+    if self.learned and self.by_heart: return f'{in_words(self.expected_wrong(), True, True)}; but {_by_heart}'
     return in_words(self.expected_wrong(), self.learned, self.trusted)
 
 @patch
@@ -128,6 +140,7 @@ def suspects(self:LabelAudit,
     if not self.learned and not anyway: t = t[:0]
     t = t[t.p_wrong >= least].sort_values('p_wrong', ascending=False, kind='stable')[:n]
     t.attrs['summary'] = summary_of(self.expected_wrong(part), self.learned, self.trusted)
+    if self.learned and self.by_heart: t.attrs['summary']['warning'] = _by_heart
     return t
 
 @patch
@@ -135,7 +148,9 @@ def duplicates(self:LabelAudit)->pd.DataFrame: # A row per pair, those with diff
     "Pairs of near-duplicate items"
     a,b = (self.table.loc[self.pairs[o].to_numpy(dtype=int), ['part','item','given_label']] for o in ('first','second'))
     both = pd.concat([a.reset_index(drop=True), b.add_suffix('_2').reset_index(drop=True)], axis=1)
-    both = both.assign(same_label=both.given_label == both.given_label_2, distance=self.pairs.distance)
+    missing = both.given_label.isna() | both.given_label_2.isna()
+    same = missing | (both.given_label == both.given_label_2)
+    both = both.assign(same_label=same, distance=self.pairs.distance)
     return both.sort_values(['same_label','distance'], kind='stable', ignore_index=True)
 
 @patch
@@ -145,7 +160,7 @@ def strangers(self:LabelAudit)->pd.DataFrame: # Rows of `table`
 
 @patch(as_prop=True)
 def labels(self:LabelAudit)->np.ndarray: # Shape (n,), as in `table`
-    "Given labels as class indices"
+    "Given labels as class indices; -1 for an item without one"
     return np.concatenate([j.given for j in self.judged.values()])
 
 @patch(as_prop=True)
@@ -185,9 +200,12 @@ def audit_labels(
     check_number('fine_tune', fine_tune, lambda v: isinstance(v, int) and v >= 0, 'be an integer of at least 0: epochs')
     if fine_tune and not (features and body_of(learn.model) is not None):
         raise ValueError(f"fine_tune={fine_tune} needs features of a body: else the whole model is trained anyway")
-    heads,cb = fit_heads(learn, k, epochs, lr, folder, features, seed, progress, **kwargs)
-    on_features = isinstance(heads.dls.train.dataset, FeatureItems)
-    known = nearest_of(heads.dls) if neighbours and on_features else None
-    if fine_tune:
-        heads,cb = fine_tuned(learn, heads, cb, fine_tune, progress=progress)
-    return LabelAudit(learn, heads, cb, known)
+    with same_random_states(learn.dls.train):
+        heads,cb = fit_heads(learn, k, epochs, lr, folder, features, seed, progress, **kwargs)
+        on_features = isinstance(heads.dls.train.dataset, FeatureItems)
+        known = nearest_of(heads.dls) if neighbours and on_features else None
+        if fine_tune: heads,cb = fine_tuned(learn, heads, cb, fine_tune, progress=progress)
+        audit = LabelAudit(learn, heads, cb, known)
+        if on_features: audit.by_heart = by_heart(learn, *audit.judged.values())
+    if audit.learned and audit.by_heart: warnings.warn(_by_heart)
+    return audit

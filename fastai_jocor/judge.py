@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['default_epochs', 'default_batch', 'NoValidation', 'fit_heads', 'KeepAverages', 'fine_tuned', 'peer_log_probs',
-           'Judgement']
+           'Judgement', 'by_heart']
 
 # %% ../nbs/16_judge.ipynb #29d947f4
 import numpy as np
@@ -13,7 +13,7 @@ from scipy.special import logsumexp
 from fastai.basics import *
 from .losses import check_number
 from .interval import beats_constant, sure_error, wrong_share
-from .per_sample import first_output, is_multi_label
+from .per_sample import first_output, is_multi_label, plain
 from .peers import check_k, copied, Peers, reset_weights
 from .callback import JoCorCallback
 from .features import body_of, feature_dls, in_order
@@ -124,36 +124,84 @@ class Judgement:
     def __init__(self,
         said:np.ndarray, # From `peer_log_probs`, shape (k, n, C)
         hidden:np.ndarray, # The peer that was not told each label, shape (n,); -1 if no peer was told
-        given:np.ndarray, # Given labels, shape (n,), class indices
+        given:np.ndarray, # Given labels, shape (n,), class indices; -1 for none
         posterior:LabelPosterior|None=None # Fitted to other items; `None` fits one to these
     ):
         k,n,self.n_classes = said.shape
-        self.given = given
+        self.given,self.known = given,given >= 0
         self.all = logsumexp(said, 0)-np.log(k)
         self.untold = np.where(hidden[:,None] < 0, self.all, said[np.maximum(hidden, 0),np.arange(n)])
-        self._count(said, hidden)
-        self.posterior = LabelPosterior(self.untold, given) if posterior is None else posterior
-        both = self.untold,self.all
-        self.of_classes = np.mean([self.posterior.of_classes(o, given) for o in both], 0)
-        raw = 1-self.of_classes[np.arange(n),given]
-        self.rate = float(np.clip(max(self.guess, raw.mean()), self.low, self.high))
-        self.p_wrong = shifted(raw, np.clip(self.rate, 1e-4, 1-1e-4)) if posterior is None else raw
+        self.right = self.untold.argmax(-1) == given
+        self._count(said[:,self.known], hidden[self.known])
+        self._judge(posterior)
 
     def _count(self, said, hidden):
         "The interval of the noise rate, and whether anything was learned"
-        vote = self.untold.argmax(-1)
-        right = vote == self.given
-        twins = said.argmax(-1)
-        told = np.arange(len(said))[:,None] != hidden
-        self.alike = float((twins == vote)[told].mean())
-        sure = sure_error(vote, np.exp(self.untold.max(-1)), self.given)
-        self.guess,self.low,self.high = wrong_share(right.mean(), sure, len(vote), self.alike)
-        self.learned = beats_constant(right, self.given)
+        given,untold,right = self.given[self.known],self.untold[self.known],self.right[self.known]
+        self.learned,self.alike,(self.guess,self.low,self.high) = False,0.,(0.,0.,1.)
+        if len(given):
+            vote,twins = untold.argmax(-1),said.argmax(-1)
+            told = np.arange(len(said))[:,None] != hidden
+            self.alike = float((twins == vote)[told].mean())
+            sure = sure_error(vote, np.exp(untold.max(-1)), given)
+            self.guess,self.low,self.high = wrong_share(right.mean(), sure, len(vote), self.alike)
+            self.learned = beats_constant(right, given)
         self.trusted = bool(self.learned and self.alike >= .5 and self.high-self.low < .5)
+
+    def _judge(self, posterior):
+        "Probabilities of the classes; `p_wrong` is NaN for an item without a label"
+        known,both = self.known,(self.untold,self.all)
+        given = self.given[known]
+        self.posterior = LabelPosterior(self.untold[known], given) if posterior is None else posterior
+        self.of_classes = np.exp(self.all, dtype=np.float64)
+        self.of_classes[known] = np.mean([self.posterior.of_classes(o[known], given) for o in both], 0)
+        raw = 1-self.of_classes[known,given]
+        mean = max(self.guess, raw.mean()) if len(raw) else self.guess
+        self.rate = float(np.clip(mean, self.low, self.high))
+        self.p_wrong = np.full(len(known), np.nan)
+        self.p_wrong[known] = shifted(raw, np.clip(self.rate, 1e-4, 1-1e-4)) if posterior is None else raw
 
     @property
     def believed(self):
         "The most probable class that is not the given one, shape (n,)"
         p = self.of_classes.copy()
-        p[np.arange(len(p)),self.given] = -1
+        p[self.known,self.given[self.known]] = -1
         return p.argmax(-1)
+
+# %% ../nbs/16_judge.ipynb #5d1f93be
+def _clearly_more(a, b, by):
+    "Whether one share is larger than another, by so much and by three standard errors"
+    if not len(a) or not len(b): return False
+    error = sum((o.mean()*(1-o.mean())+1/len(o))/len(o) for o in (a,b))**.5
+    return bool(a.mean()-b.mean() > max(by, 3*error))
+
+def _is_frozen(body):
+    norms = [m for m in body.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    trained_anyway = {id(p) for m in norms for p in m.parameters()}
+    return not any(p.requires_grad for p in body.parameters() if id(p) not in trained_anyway)
+
+@torch.no_grad()
+def _own_votes(learn, idxs):
+    "Classes that the learner's own model predicts for some training items"
+    model = learn.model.peer(0) if isinstance(learn.model, Peers) else learn.model
+    device,mode = next(body_of(model).parameters()).device,model.training
+    model.to(device).eval()
+    say = lambda x: plain(first_output(model(*to_device(x, device)))).argmax(-1).cpu().numpy()
+    said = [say(x) for x in in_order(learn.dls.train, 0, 64, False, idxs)]
+    model.train(mode)
+    return np.concatenate(said)
+
+def by_heart(
+    learn:Learner, # With a body, whose features the heads were trained on
+    train:Judgement, # Of training items
+    valid:Judgement|None=None, # Of validation items; `None` if there are none
+    n:int=1000 # Most training items to ask the learner's own model about
+)->bool:
+    "Whether the body has probably learned the training labels by heart"
+    if _is_frozen(body_of(learn.model)): return False
+    some = np.sort(np.random.default_rng(0).permutation(np.flatnonzero(train.known))[:n])
+    own,untold = _own_votes(learn, some) == train.given[some],train.right[some]
+    if own.mean() < untold.mean()-.05: return False
+    others = valid.right[valid.known] if valid is not None else []
+    return _clearly_more(own, untold, .03) or _clearly_more(train.right[train.known], others, .05)
+

@@ -4,7 +4,9 @@ import matplotlib; matplotlib.use('agg')
 import matplotlib.pyplot as plt
 from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularPandas, load_learner, tabular_learner
 from fastai.vision.all import (CategoryBlock, ColReader, CrossEntropyLossFlat, DataBlock, ImageBlock, Learner,
-                               ProgressCallback, RandomSplitter, accuracy, get_image_files, parent_label, set_seed)
+                               ProgressCallback, RandomSplitter, TransformBlock, accuracy, get_image_files,
+                               parent_label, set_seed)
+from sklearn.datasets import load_digits
 from fastai_jocor.all import InMemoryDataLoaders, JoCorCallback, NoisyCategoryBlock, Symmetric, digits_dls, jocor_mlp
 from fastai_jocor.cleaning import SuspectsLearner, cleaned
 from fastai_jocor.lab.run import fast_adam
@@ -110,6 +112,21 @@ def test_cleaned_takes_no_table_of_another_split(pictures):
     s = pd.DataFrame(dict(item=[str(one.train_ds.items[i]) for i in (5, 9)]), index=[5, 9])
     assert len(cleaned(one, s).train_ds) == len(one.train_ds)-2
     with pytest.raises(ValueError, match='of another split'): cleaned(two, s)
+
+@pytest.mark.parametrize('how', ['drop','relabel'])
+def test_classes_need_not_be_text(how):
+    "Numbers stay numbers"
+    digits = load_digits()
+    x,y = torch.tensor(digits.data).float(),digits.target+1
+    block = DataBlock((TransformBlock, CategoryBlock), getters=[x.__getitem__, y.__getitem__], splitter=SPLIT)
+    dls = block.dataloaders(range(len(y)), num_workers=0)
+    new = cleaned(dls, pd.DataFrame(dict(predicted_label=['3','10'], position=[0,5])), how)
+    assert list(new.vocab) == list(dls.vocab) == list(range(1, 11))
+    names = [new.vocab[int(o)] for o in new.train_ds.tls[1]]
+    want = y[dls.train_ds.items].tolist()
+    if how == 'relabel': want[0],want[5] = 3,10
+    else: del want[5],want[0]
+    assert names == want
 
 def test_cleaned_text():
     from fastai.text.all import TextDataLoaders

@@ -165,7 +165,7 @@ def test_an_audit(audited):
     learn,before,audit = audited
     t,s = audit.table,audit.suspects()
     flipped = t[t.part == 'train'].flipped.astype(bool)
-    assert s.flipped.astype(bool).mean() > .9 and s.flipped.astype(bool).sum() > .8*flipped.sum()
+    assert s.flipped.fillna(False).mean() > .9 and s.flipped.sum() > .8*flipped.sum()
     e = audit.expected_wrong('train')
     assert e['low'] <= flipped.sum() <= e['high'] and abs(e['expected']-flipped.sum()) < .2*flipped.sum()
     assert (s.p_wrong >= .5).all() and s.p_wrong.is_monotonic_decreasing
