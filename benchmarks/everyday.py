@@ -1,5 +1,6 @@
 """Everyday use: does the one line `JoCorCallback(k=3)` ever make an ordinary learner worse?
 
+    python benchmarks/everyday.py --path FOLDER --only plain,jocor3      # a quarter of an hour on one core
     python benchmarks/everyday.py --path FOLDER                          # the fast part, seed 0
     python benchmarks/everyday.py --path FOLDER --seeds 0-2 --part all
     python benchmarks/everyday.py --path FOLDER --data digits,clothing --only plain,default
