@@ -196,9 +196,10 @@ def by_heart(
     train:Judgement, # Of training items
     valid:Judgement|None=None, # Of validation items; `None` if there are none
     n:int=1000 # Most training items to ask the learner's own model about
-)->bool:
+)->bool: # `False` if the body is frozen, or there is none
     "Whether the body has probably learned the training labels by heart"
-    if _is_frozen(body_of(learn.model)): return False
+    body = body_of(learn.model)
+    if body is None or _is_frozen(body): return False
     some = np.sort(np.random.default_rng(0).permutation(np.flatnonzero(train.known))[:n])
     own,untold = _own_votes(learn, some) == train.given[some],train.right[some]
     if own.mean() < untold.mean()-.05: return False

@@ -199,7 +199,7 @@ def test_pages_show_the_results_that_are_there():
     digits = len(read_results(RESULTS/'digits_grid'))
     for name,n in (('digits',digits), ('MNIST',len(df))):
         assert_shown(rf'(?m)^{name} +{n} ', 'tutorials/three_or_two.ipynb', 'read_results(')
-    rows = (RESULTS/'seeds.csv').read_text(encoding='utf-8').count('\n')-1
+    rows = pd.read_csv(RESULTS/'seeds.csv').query("data == 'features10k' and seed < 100").shape[0]
     assert_shown(f'{rows:,} runs', 'tutorials/three_or_two.ipynb')
     grid = RESULTS/'mnist_lambda_tau'
     assert_shown(f'{len(read_results(grid))} runs on MNIST', 'tutorials/choosing.ipynb')

@@ -223,3 +223,9 @@ def test_more_outputs_than_classes():
     learn.fit(1, 0., cbs=(cb := JoCorCallback(k=2, rule='schedule', forget_rate=.1)))
     assert set(cb.ledger.predicted_label.dropna()) == {'output 11'}
     cb.suspects()
+
+def test_an_audit_of_features_asks_no_body(tmp_path):
+    "A learner that has features for data has no body that could know the labels"
+    learn = feature_learner(quiet(Learner(digits_dls(noise=Symmetric(.3), seed=0), two_parts(), path=tmp_path)))
+    audit = audit_labels(learn, progress=False, epochs=3)
+    assert not audit.by_heart and len(audit.table)
