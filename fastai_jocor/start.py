@@ -155,12 +155,13 @@ def leave(
 ):
     "Undo what a callback has changed in its learner; one that goes to another learner is taken out of the old one"
     old = owner.learn
+    if learn is not None and learn is not old and owner in old.cbs:
+        warnings.warn(f"a {type(owner).__name__} can be in one learner only, so it leaves the one that it was in: make "
+                      "one for each learner")
+        old.remove_cb(owner) # which comes back here, with `None`
+        return
     owner.undo()
     old.remove_cbs(owner.parts)
-    if learn is None or learn is old or not any(cb is owner for cb in old.cbs): return
-    warnings.warn(f"a {type(owner).__name__} can be in one learner only, so it leaves the one that it was in: make one "
-                  "for each learner")
-    old.cbs = L(cb for cb in old.cbs if cb is not owner)
 
 class UndoPeers(Part):
     "After `lr_find` has restored the weights, restore the single model"

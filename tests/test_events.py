@@ -110,6 +110,7 @@ def test_a_callback_is_in_one_learner_only():
     a = digits(cbs=cb)
     with pytest.warns(UserWarning, match='can be in one learner only'): b = digits(cbs=cb)
     assert not any(o is cb for o in a.cbs) and any(o is cb for o in b.cbs)
+    assert not hasattr(a, cb.name) and not any(o in a.cbs for o in cb.parts)
     a.fit(1, 1e-3)
     assert not isinstance(a.model, Peers) and not len(cb.history)
     b.fit(1, 1e-3)
