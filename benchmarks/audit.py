@@ -32,7 +32,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve
 from sklearn.model_selection import StratifiedKFold
 from fastai_jocor.all import *
 from fastai_jocor.audit import suspect_scores
-from fastai_jocor.batch import ItemOrder
+from fastai_jocor.order import ItemOrder
 from fastai_jocor.files import write_text
 from fastai_jocor.lab.store import MemoryDatasets, MemoryDL
 from fastai_jocor.lab.run import fast_adam, machine

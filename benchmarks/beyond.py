@@ -26,7 +26,7 @@ from pathlib import Path
 from fastcore.script import call_parse
 from fastai.vision.all import *
 from fastai_jocor.all import JoCorCallback
-from fastai_jocor.evidence import hide
+from fastai_jocor.untold import hide
 from fastai_jocor.losses import peer_log_probs
 from fastai_jocor.per_sample import first_output, plain
 import everyday

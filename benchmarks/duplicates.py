@@ -12,7 +12,7 @@ from pathlib import Path
 from fastcore.script import call_parse
 from fastai.vision.all import *
 from PIL import Image, ImageEnhance
-from fastai_jocor.features import feature_dls
+from fastai_jocor.feature_loaders import feature_dls
 from fastai_jocor.find import nearest_of
 from fastai_jocor.neighbours import near_duplicates
 

@@ -11,7 +11,7 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 from fastai_jocor.all import audit_labels, JoCorCallback
 from fastai_jocor.audit import rank_suspects
-from fastai_jocor.features import FeatureDL, FeatureItems, Projection
+from fastai_jocor.feature_loaders import FeatureDL, FeatureItems, Projection
 from fastai_jocor.heads import fused_adam, new_head
 from fastai_jocor.judge import default_batch, default_epochs, NoValidation
 from everyday_data import adult, clothing, digits, features, features10k, features5k, table_learner, text_learner, trec

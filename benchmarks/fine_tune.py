@@ -21,9 +21,9 @@ from fastai.basics import *
 from fastai.vision.all import ChannelsLast
 from fastai_jocor.all import AutocastBF16, JoCorCallback
 from fastai_jocor.judge import fit_heads, KeepAverages, NoValidation, peer_log_probs
-from fastai_jocor.features import feature_dls, given_labels as labels_of
+from fastai_jocor.feature_loaders import feature_dls, given_labels as labels_of
 from fastai_jocor.heads import feature_learner
-from fastai_jocor.peers import copied
+from fastai_jocor.copies import copied
 import everyday_data
 from everyday_data import _some, clothing_photos, given_labels, photo_learner
 

@@ -21,7 +21,7 @@ from fastai_jocor.all import *
 from fastai_jocor.lab.config import Method, RunConfig, methods
 from fastai_jocor.lab.grid import run_grid
 from fastai_jocor.losses import contrasts, joint_loss, n_terms
-from fastai_jocor.step import Part
+from fastai_jocor.events import Part
 
 RESULTS = Path(__file__).resolve().parent/'results'
 USES = ('contrast','pseudo','relabel','ema')

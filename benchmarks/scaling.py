@@ -18,7 +18,8 @@ from pathlib import Path
 from fastcore.script import call_parse
 from fastai_jocor.all import *
 from fastai_jocor.lab.run import machine
-from fastai_jocor.batch import ItemOrder, Selection
+from fastai_jocor.order import ItemOrder
+from fastai_jocor.batch import Selection
 from fastai_jocor.lab.data import InMemoryDataLoaders
 from fastai_jocor.ledger import Ledger
 from fastai_jocor.record import Sightings

@@ -26,7 +26,8 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai_jocor.all import *
 from fastai_jocor.lab.run import machine
 from fastai_jocor.losses import joint_loss
-from fastai_jocor.step import AutocastBF16, call_listeners
+from fastai_jocor.step import AutocastBF16
+from fastai_jocor.events import call_listeners
 from speed_ways import ways
 from timing import RESULTS, Clock, bare_epoch, fitted, in_turn, learner, made_up, megabytes, ratio, seconds
 from usual import pairwise_loss, usual

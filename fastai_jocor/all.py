@@ -9,13 +9,15 @@ __all__ = []
 from .losses import joint_loss, peer_contrast, peer_losses, plain_lambda
 from .selection import default_num_gradual, forget_schedule, select_small
 from .ledger import estimate_noise, Ledger, NoiseEstimate
-from .peers import make_peers, Peers
+from .copies import make_peers
+from .peers import Peers
 from .step import AutocastBF16
 from .resume import Checkpoint
 from .trainer import PeersCallback
 from .callback import JoCorCallback
 from .methods import CoTeachingCallback, CoTeachingPlusCallback, ForwardLoss, SCELoss
-from .noise import Asymmetric, LabelNoise, NoiseRecord, PairFlip, plot_noise, Symmetric, Transition
+from .noise import Asymmetric, LabelNoise, PairFlip, Symmetric, Transition
+from .noise_record import NoiseRecord, plot_noise
 from .instance import InstanceDependent
 from .human import HumanLabels
 from .columns import ColumnLabels
@@ -23,7 +25,7 @@ from .blocks import make_noise, NoisyCategoryBlock, show_flipped
 from .files import load_ledger, read_table, save_ledger, write_table
 from .audit import rank_suspects
 from .cleaning import cleaned
-from .features import feature_dls
+from .feature_loaders import feature_dls
 from .heads import feature_learner
 from .find import audit_labels, LabelAudit
 from .lab.store import CropFlip

@@ -11,9 +11,9 @@ from typing import Literal
 from fastai.basics import *
 from fastai.tabular.core import Tabular
 from fastai.vision.data import get_grid
-from .losses import check_number
+from .arguments import check_number
 from .ledger import Ledger, confident_joint, seen_items, transition_of
-from .noise import NoiseRecord, plot_noise
+from .noise_record import NoiseRecord, plot_noise
 from .certainty import Certainty, summary_of
 from .trainer import PeersCallback
 

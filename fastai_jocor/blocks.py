@@ -14,10 +14,11 @@ from fastai.data.block import CategoryBlock, TransformBlock
 from fastai.data.transforms import Categorize, Category
 from fastai.tabular.core import Tabular
 from fastai.torch_core import show_title
-from .noise import Asymmetric, LabelNoise, NoiseRecord, PairFlip, Symmetric, _record_of
+from .noise import Asymmetric, LabelNoise, PairFlip, Symmetric
+from .noise_record import NoiseRecord, _record_of
 from .instance import InstanceDependent
 from .human import HumanLabels
-from .losses import did_you_mean
+from .arguments import did_you_mean
 
 # %% ../nbs/12_blocks.ipynb #7ee0b9f2
 noise_models = dict(symmetric=Symmetric, pairflip=PairFlip, asymmetric=Asymmetric,

@@ -10,8 +10,9 @@ import torch
 from numbers import Integral
 from typing import Literal
 from fastai.basics import *
-from .losses import (check_choice, check_co_lambda, check_contrast, check_number, Contrast,
-                                 default_co_lambda, joint_loss, joint_loss_multi, peer_losses)
+from .arguments import check_choice, check_number
+from .losses import (check_co_lambda, check_contrast, Contrast, default_co_lambda, joint_loss,
+                                 joint_loss_multi, peer_losses)
 from .selection import class_quantiles
 from .evidence import Evidence, evidence_state
 from .untold import hidden_count, hidden_from

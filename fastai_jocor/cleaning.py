@@ -9,7 +9,7 @@ __all__ = ['cleaned', 'KnownLabel', 'SuspectsLearner']
 import numpy as np, pandas as pd
 from fastai.basics import *
 from fastai.tabular.core import Tabular
-from .noise import NoiseRecord
+from .noise_record import NoiseRecord
 from .blocks import NoisyLabel
 from .state import class_names_of, classes_of, item_names
 from .trainer import PeersCallback

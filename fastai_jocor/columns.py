@@ -8,7 +8,7 @@ __all__ = ['ColumnLabels']
 # %% ../nbs/11b_columns.ipynb #55ec1a20
 import numpy as np, pandas as pd
 from fastai.basics import *
-from .losses import did_you_mean
+from .arguments import did_you_mean
 from .transition import realised_transition, _names, _n_classes
 from .noise import LabelNoise
 

@@ -11,12 +11,13 @@ from typing import Any, Literal
 from scipy import special
 from fastai.basics import *
 from fastai.vision.data import get_grid
-from .losses import check_number
-from .batch import same_random_states
+from .arguments import check_number
+from .order import same_random_states
 from .per_sample import ignored_label
 from .state import class_names_of, item_names
 from .callback import JoCorCallback
-from .features import body_of, FeatureItems, given_labels
+from .features import body_of
+from .feature_loaders import FeatureItems, given_labels
 from .neighbours import far_out, near_duplicates, nearest
 from .certainty import in_words, summary_of
 from .audit import show_item, _class_names

@@ -10,8 +10,8 @@ import gc, torch, warnings
 from fastai.basics import *
 from .per_sample import plain
 from .peers import Peers
-from .batch import same_buffers
-from .step import Part
+from .order import same_buffers
+from .events import Part
 
 # %% ../nbs/05c_graphs.ipynb #3afe8be8
 class _SideBySide(nn.Module):

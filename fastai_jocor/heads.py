@@ -9,9 +9,11 @@ __all__ = ['new_head', 'fused_adam', 'feature_learner']
 from copy import deepcopy
 from fastai.basics import *
 from fastai.text.models.core import PoolingLinearClassifier
-from .peers import copied, Peers
+from .copies import copied
+from .peers import Peers
 from .learner import *
-from .features import body_of, feature_dls, FeatureItems, Pool
+from .features import body_of, Pool
+from .feature_loaders import feature_dls, FeatureItems
 
 # %% ../nbs/13c_heads.ipynb #591cfe0c
 def new_head(

@@ -9,7 +9,7 @@ __all__ = ['item_pixels', 'InstanceDependent']
 import os, numpy as np
 from fastai.basics import *
 from PIL import Image
-from .losses import check_number
+from .arguments import check_number
 from .transition import item_uniform, _hash64, _n_classes, _pick
 from .noise import LabelNoise
 

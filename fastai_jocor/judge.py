@@ -11,12 +11,14 @@ import numpy as np
 from contextlib import nullcontext
 from scipy.special import logsumexp
 from fastai.basics import *
-from .losses import check_number
+from .arguments import check_k, check_number
 from .interval import beats_constant, sure_error, wrong_share
 from .per_sample import first_output, is_multi_label, plain
-from .peers import check_k, copied, Peers, reset_weights
+from .copies import copied, reset_weights
+from .peers import Peers
 from .callback import JoCorCallback
-from .features import body_of, feature_dls, in_order
+from .features import body_of, in_order
+from .feature_loaders import feature_dls
 from .posterior import LabelPosterior, shifted
 from .heads import feature_learner, fused_adam
 

@@ -9,7 +9,9 @@ __all__ = ['PeerSplitter']
 from fastai.basics import *
 from collections.abc import Callable
 from typing import Literal
-from .peers import as_groups, check_k, make_peers, Peers
+from .copies import as_groups, make_peers
+from .arguments import check_k
+from .peers import Peers
 
 # %% ../nbs/03b_learner.ipynb #a04375d2
 class PeerSplitter:

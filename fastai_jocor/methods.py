@@ -8,7 +8,8 @@ __all__ = ['CoTeachingCallback', 'CoTeachingPlusCallback', 'ForwardLoss', 'SCELo
 # %% ../nbs/09_methods.ipynb #df98e83f
 from typing import Literal
 from fastai.basics import *
-from .losses import check_number, peer_losses
+from .arguments import check_number
+from .losses import peer_losses
 from .transition import check_transition
 from .trainer import PeersCallback
 

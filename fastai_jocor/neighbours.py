@@ -7,7 +7,7 @@ __all__ = ['nearest', 'near_duplicates', 'far_out']
 
 # %% ../nbs/13d_neighbours.ipynb #0f85bb5c
 import numpy as np, pandas as pd
-from .losses import check_number
+from .arguments import check_number
 
 # %% ../nbs/13d_neighbours.ipynb #657c6f0a
 def nearest(

@@ -8,8 +8,8 @@ __all__ = ['transition_by_em', 'find_temperature', 'shifted', 'LabelPosterior', 
 # %% ../nbs/13b_posterior.ipynb #953ca28d
 import numpy as np
 from scipy.optimize import brentq, minimize_scalar
-from scipy.special import expit, log_softmax, logit, softmax
-from .losses import check_number
+from scipy.special import expit, logit, softmax
+from .arguments import check_number
 
 # %% ../nbs/13b_posterior.ipynb #613fc5ee
 def _by_class(x, given):

@@ -10,8 +10,8 @@ import torch
 from fastai.basics import *
 from .selection import select_small
 from .per_sample import first_output, label_column, plain
-from .batch import same_buffers
-from .step import Part
+from .order import same_buffers
+from .events import Part
 
 # %% ../nbs/05b_prune.ipynb #62352966
 def take_items(

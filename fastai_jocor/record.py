@@ -13,7 +13,7 @@ from .ledger import estimate_noise
 from .evidence import hidden_columns
 from .processes import from_rank0, gather_rows
 from .batch import Selection
-from .step import Part
+from .events import Part
 
 # %% ../nbs/06_record.ipynb #d565bef5
 def what_is_seen(

@@ -10,7 +10,7 @@ import random, torch, warnings, zlib, numpy as np
 from fastai.basics import *
 from fastai.callback.tracker import TrackerCallback
 from fastai.torch_core import get_random_states
-from .losses import check_number
+from .arguments import check_number
 from .batch import is_validating
 from .files import write_aside
 from .state import item_names

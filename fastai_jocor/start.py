@@ -17,8 +17,9 @@ from .ledger import Ledger
 from .peers import Peers
 from .learner import *
 from .processes import distributed_world, from_rank0, loaders_talk_over_the_cpu
-from .batch import same_random_states, Selection, try_batch
-from .step import Part
+from .order import same_random_states
+from .batch import Selection, try_batch
+from .events import Part
 from .state import class_names_of, FitState, ItemSource
 from .identity import labels_differ
 from .per_sample import cross_entropy_of, ignored_label

@@ -9,10 +9,11 @@ __all__ = ['classes_of', 'class_names_of', 'item_names', 'ItemSource', 'FitState
 import numpy as np, os, pandas as pd
 from dataclasses import asdict
 from fastai.basics import *
-from .selection import check_forget_rate, default_num_gradual, forget_schedule
+from .arguments import check_forget_rate
+from .selection import default_num_gradual, forget_schedule
 from .ledger import NoiseEstimate
 from .batch import Selection
-from .step import Part
+from .events import Part
 from .identity import other_inputs, other_labels, some_inputs, some_labels
 from torch.utils.data import Subset
 

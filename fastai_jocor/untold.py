@@ -9,7 +9,7 @@ __all__ = ['hidden_from', 'hidden_count', 'hide', 'Untold']
 import numpy as np, torch
 from functools import partial
 from torch import Tensor
-from .losses import check_number
+from .arguments import check_number
 
 # %% ../nbs/02c_untold.ipynb #b84d87f4
 def hidden_from(

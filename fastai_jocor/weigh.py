@@ -10,12 +10,13 @@ import math, torch
 from fastai.basics import *
 from .processes import gather_rows, own_part, union
 from .selection import keep_by_margin
-from .evidence import (close_epoch, commonness, estimate_from, Evidence, evidence_state, forget_margins,
-                                   hide, load_evidence, look_at_batch)
-from .untold import Untold
+from .evidence import (close_epoch, estimate_from, Evidence, evidence_state, forget_margins,
+                                   load_evidence, look_at_batch)
+from .margins import commonness
+from .untold import hide, Untold
 from .votes import common_votes, split_with_votes, vote_balance, vote_cut, vote_weight
 from .early import early_loss, early_weight, EarlyMeans
-from .step import Part
+from .events import Part
 
 # %% ../nbs/07c_weigh.ipynb #5ca4ce02
 def scarce(

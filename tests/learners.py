@@ -3,7 +3,7 @@ import numpy as np, torch
 from fastai.vision.all import (Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, ProgressCallback,
     accuracy, nn, noop, set_seed)
 from fastai_jocor.all import Symmetric, digits_dls, jocor_mlp
-from fastai_jocor.noise import NoiseRecord
+from fastai_jocor.noise_record import NoiseRecord
 from fastai_jocor.lab.run import fast_adam
 from sklearn.datasets import load_digits
 

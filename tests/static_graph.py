@@ -1,7 +1,7 @@
 "What stands for a CUDA graph on a CPU: each replay writes outputs, activations and gradients into the same memory."
 import torch
 from torch import nn
-from fastai_jocor.batch import same_buffers
+from fastai_jocor.order import same_buffers
 
 class StaticGraph:
     "Networks whose passes were recorded; counts the replays"

@@ -4,7 +4,8 @@ from contextlib import contextmanager
 from torch.utils._python_dispatch import TorchDispatchMode
 from fastai_jocor import batch
 from fastai_jocor.batch import Selection
-from fastai_jocor.step import Part, SmallLoss
+from fastai_jocor.events import Part
+from fastai_jocor.step import SmallLoss
 
 aten = torch.ops.aten
 READS = aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default

@@ -2,7 +2,7 @@
 import os, subprocess, sys, pytest, torch
 import pandas as pd
 from pathlib import Path
-from fastai_jocor.peers import all_differ
+from fastai_jocor.copies import all_differ
 from distributed_script import Net
 import reference
 

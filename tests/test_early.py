@@ -5,7 +5,7 @@ from fastai.vision.all import nn
 from fastai_jocor import weigh
 from fastai_jocor.all import JoCorCallback, Symmetric
 from fastai_jocor.early import early_loss, early_weight, EarlyMeans
-from fastai_jocor.evidence import hidden_from
+from fastai_jocor.untold import hidden_from
 from learners import Record, Step, digits, digits64, mlps64, same, tensors, weights
 from test_class_weights import A_FIFTH, partly_labelled, WEIGHT
 from test_evidence_fits import split

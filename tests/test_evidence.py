@@ -4,8 +4,9 @@ from hypothesis import given, settings, strategies as st
 from fastai.vision.all import BCEWithLogitsLossFlat, DataLoader, DataLoaders, Learner, CrossEntropyLossFlat, nn
 from fastai_jocor.all import JoCorCallback, jocor_mlp
 from fastai_jocor.selection import keep_by_margin
-from fastai_jocor.evidence import (brake_limit, close_epoch, Evidence, hidden_columns, hidden_from, hide,
-    look_at_batch, margin_threshold, next_brake, protection)
+from fastai_jocor.evidence import brake_limit, close_epoch, Evidence, hidden_columns, look_at_batch, next_brake
+from fastai_jocor.untold import hidden_from, hide
+from fastai_jocor.margins import margin_threshold, protection
 from fastai_jocor.interval import sure_error, wrong_share
 from learners import Record, Step, digits, digits64, mlps64, quiet, same, tensors, weights
 import reference, reference_evidence

@@ -3,7 +3,8 @@ import copy, pytest, torch
 from fastai.vision.all import (Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, load_learner, nn,
     params, set_seed)
 from fastai_jocor.all import Checkpoint, JoCorCallback, Symmetric, jocor_mlp
-from fastai_jocor.evidence import Evidence, evidence_state, hidden_from, load_evidence
+from fastai_jocor.evidence import Evidence, evidence_state, load_evidence
+from fastai_jocor.untold import hidden_from
 from fastai_jocor.record import Sightings, lost_classes
 from learners import Step, digits, finite, quiet, same, tensors, weights
 from sklearn.datasets import load_digits

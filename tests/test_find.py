@@ -7,7 +7,8 @@ from fastai.tabular.all import Normalize, TabularPandas, tabular_learner
 from fastai.vision.all import Brightness, CategoryBlock, DataBlock, Flip, get_image_files, ImageBlock, parent_label
 from fastai.vision.all import PILImage, RandomSplitter, Resize, resnet18, set_seed, vision_learner
 from fastai_jocor.all import audit_labels, cleaned, feature_dls, JoCorCallback, NoisyCategoryBlock, Peers, Symmetric
-from fastai_jocor.features import body_of, feature_folder, given_labels, in_order, kept_features
+from fastai_jocor.features import body_of, feature_folder, in_order, kept_features
+from fastai_jocor.feature_loaders import given_labels
 from fastai_jocor.judge import Judgement
 from fastai_jocor.posterior import calibration_error, shifted, transition_by_em
 from pictures import digit_files

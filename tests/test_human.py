@@ -3,7 +3,8 @@ import os, pickle, subprocess, zipfile, numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import Path, get_image_files
 from fastai_jocor.blocks import make_noise
 from fastai_jocor.human import HumanLabels, read_label_file
-from fastai_jocor.noise import NoiseRecord, Symmetric, cifar10_classes
+from fastai_jocor.noise_record import NoiseRecord
+from fastai_jocor.noise import Symmetric, cifar10_classes
 from fastai_jocor.lab.datasets import cifar10_dls
 from image_files import any_md5, c10, folder_block, human, make_cifar, real, write_batches
 

@@ -6,7 +6,8 @@ from fastai.vision.all import (Callback, ClassificationInterpretation, CrossEntr
     DataBlock, ImageBlock, Interpretation, Learner, MultiCategoryBlock, PILImage, RandomSplitter, TransformBlock,
     accuracy, accuracy_multi, get_image_files, load_learner, nn, parent_label, resnet18, set_seed, vision_learner)
 from fastai_jocor.all import *
-from fastai_jocor.peers import Peers, make_peers
+from fastai_jocor.peers import Peers
+from fastai_jocor.copies import make_peers
 from fastai_jocor.selection import default_num_gradual, forget_schedule
 from learners import digits, finite, plain, quiet
 from test_trainer import silent

@@ -3,7 +3,7 @@ import copy, pytest, torch
 import numpy as np
 from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, GradientAccumulation, Learner, nn
 from fastai_jocor.all import *
-from fastai_jocor.batch import same_buffers
+from fastai_jocor.order import same_buffers
 from fastai_jocor.prune import take_items
 from learners import digits, digits64, finite, plain, quiet, tensors, weights
 from sync import as_on_a_gpu

@@ -5,7 +5,8 @@ from hypothesis import given, settings, strategies as st
 from fastai.vision.all import nn
 from fastai_jocor import weigh
 from fastai_jocor.all import JoCorCallback, Symmetric
-from fastai_jocor.evidence import evidence_state, hidden_from
+from fastai_jocor.evidence import evidence_state
+from fastai_jocor.untold import hidden_from
 from fastai_jocor.votes import common_votes, split_with_votes, vote_balance, vote_cut, vote_weight
 from learners import Record, Step, digits, digits64, mlps64, same, tensors, weights
 from test_class_weights import A_FIFTH, WEIGHT, partly_labelled

@@ -21,9 +21,9 @@ def source(c): return ''.join(c['source'])
 
 def modules(folder=ROOT/'fastai_jocor'):
     "Names of the modules of a folder, in the order of their notebooks"
-    number = re.compile(r'nbs/(?:lab/)?(\d+[a-z]?)_\w+\.ipynb')
+    number = re.compile(r'nbs/(?:lab/)?(\d+[a-z]?)_(\w+)\.ipynb')
     found = {p.stem: number.search(p.read_text(encoding='utf-8')) for p in Path(folder).glob('*.py')}
-    return sorted((n for n,m in found.items() if m), key=lambda n: found[n][1])
+    return sorted((n for n,m in found.items() if m), key=lambda n: found[n].groups())
 
 def needs_data(p):
     "Whether a notebook reads files that this repository does not have"

@@ -10,7 +10,8 @@ import re, numpy as np
 from dataclasses import dataclass, field, replace
 from typing import Callable
 from fastcore.basics import patch
-from ..losses import closest, default_co_lambda
+from ..arguments import closest
+from ..losses import default_co_lambda
 from ..noise import Asymmetric
 from ..blocks import make_noise
 from .datasets import augmentation

@@ -10,7 +10,8 @@ import numpy as np, torch
 from fastai.vision.all import *
 from torch.utils.data import Subset
 from ..transition import check_labels
-from ..noise import LabelNoise, NoiseRecord
+from ..noise import LabelNoise
+from ..noise_record import NoiseRecord
 from ..blocks import make_noise
 from .store import *
 from .store import _channels_last, _normalize

@@ -15,7 +15,7 @@ from filelock import SoftFileLock, Timeout
 from joblib import Parallel, delayed, parallel_config
 from ..losses import contrasts
 from .datasets import cifar10_dls, cifar100_dls, mnist_dls, _find_cifar
-from .config import RunConfig, methods, nearest
+from .config import methods, nearest
 from .run import run
 from .results import finished, run_dir
 

@@ -8,7 +8,7 @@ __all__ = ['readable', 'find_arch', 'default_size', 'audit_learner']
 # %% ../../nbs/lab/04e_images.ipynb #6dbc34a4
 import joblib, torchvision, numpy as np, pandas as pd
 from fastai.vision.all import *
-from ..losses import did_you_mean
+from ..arguments import did_you_mean
 
 # %% ../../nbs/lab/04e_images.ipynb #8ddac122
 def _about(file):

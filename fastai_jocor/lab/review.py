@@ -10,8 +10,7 @@ import pandas as pd, shlex, shutil
 from datetime import datetime
 from fastai.vision.all import *
 from .. import __version__
-from ..losses import check_number
-from ..peers import check_seed
+from ..arguments import check_number, check_seed
 from ..files import read_table, write_table
 from ..find import audit_labels
 from .images import audit_learner, default_size, readable

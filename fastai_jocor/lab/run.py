@@ -7,7 +7,7 @@ __all__ = ['PeerAccuracy', 'PaperSchedule', 'fast_adam', 'run_learner', 'PlainTa
            'plot_history', 'RunProgress', 'run']
 
 # %% ../../nbs/lab/02b_run.ipynb #1ab20002
-import json, os, platform, re, sys, time, numpy as np, pandas as pd, torch
+import json, os, platform, sys, time, numpy as np, pandas as pd, torch
 import matplotlib.pyplot as plt
 from contextlib import nullcontext
 from dataclasses import asdict
