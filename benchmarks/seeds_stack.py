@@ -68,7 +68,7 @@ class ByRun:
 
     def of_runs(self, t): return t.unflatten(-1, (len(self.lambdas), -1))
 
-    def small_mask(self, by, R, among=None, carried=False):
+    def small_mask(self, by, R, among=None):
         rows = self.of_runs(by).flatten(0, 1)
         among = torch.ones_like(rows, dtype=torch.bool) if among is None else self.of_runs(among).flatten(0, 1)
         keep = 1-R*self.parts_of_R.repeat(len(by))

@@ -11,7 +11,7 @@ from typing import Literal
 from fastai.basics import *
 from fastai.tabular.core import Tabular
 from fastai.vision.data import get_grid
-from .arguments import check_number
+from .arguments import check_number, check_whole
 from .ledger import Ledger, confident_joint, seen_items, transition_of
 from .noise_record import NoiseRecord, plot_noise
 from .certainty import Certainty, summary_of
@@ -78,8 +78,7 @@ def rank_suspects(
     "Rank the items whose label looks wrong"
     if score not in suspect_scores:
         raise ValueError(f"score={score!r} is unknown: choose one of {', '.join(suspect_scores)}")
-    whole = lambda n: isinstance(n, (int, np.integer)) and n >= 0
-    if n is not None: check_number('n', n, whole, 'be a number of items, at least 0, or None for all that stand out')
+    if n is not None: check_whole('n', n, 0, ', or None for all that stand out')
     f = ledger.dropna(subset=['given_label', 'predicted_label', 'prob'])
     if len(ledger) and not len(f):
         raise ValueError("ledger has seen no item with one given label: "

@@ -33,6 +33,7 @@ class Selection:
     tells:bool = False # Whether the loader tells which items it yields
     named:bool = False # Whether labels are places in a vocabulary, so that one batch shows whether -100 occurs
     loss_func:Callable|None = None # The learner's own loss
+    loss_known:tuple = (None,None) # The loss that `per_sample` is of, and its class weights
     other_mean:str|None = None # How the loss differs from the mean on which peers train, if it does
     last_loss:Tensor|None = None # The latest finite loss, for the epoch table
     # the epoch
@@ -54,6 +55,12 @@ class Selection:
     targ:Tensor|None = None # Given labels, shape (N,), or (N, C) of 0 and 1
     kept:Tensor|None = None # Places of the kept items, or how often each is kept, shape (N,), float
     losses:Tensor|None = None # Loss per item, shape (N,)
+
+    @property
+    def loss_is_known(self):
+        "Whether the learner's loss and its class weights are those that were checked; a callback may change them"
+        loss,weight = self.loss_known
+        return self.checked and loss is self.loss_func and weight is class_weights(loss)
 
     @property
     def reads_are_free(self):
@@ -91,11 +98,13 @@ def _drop_count(s, n, R):
     return count.long()
 
 # %% ../nbs/04_batch.ipynb #31438a6e
+_one_output = ("a model with one output tells no classes: give it two outputs, and two classes as the integers 0 and 1 "
+               "with CrossEntropyLossFlat")
+
 def _instead(pred, y):
     "What to do about targets that are not class indices"
     c = pred.shape[1]
-    if c == 1: return ("a model with one output tells no classes: give it two outputs, and two classes as the "
-                       "integers 0 and 1 with CrossEntropyLossFlat")
+    if c == 1: return _one_output
     if y.ndim == 1 and y.is_floating_point(): return "if the numbers are classes, y.long()"
     if y.ndim == 2 and y.shape[1] == c:
         return ("one-hot labels as indices are y.argmax(1); for several labels per item, floats of shape (N, C) with "
@@ -160,13 +169,17 @@ def check_batch(
         got = tuple(pred.shape) if isinstance(pred, Tensor) else type(pred).__name__
         raise ValueError(f"the model returned {got} for {len(y)} items: it must return logits of shape (N, C)")
     s.multi_label,s.n_classes = is_multi_label(loss_func, y),pred.shape[1]
+    if s.multi_label and y.shape[1] == 1: raise ValueError(_one_output)
     s.no_label = ignored_label(loss_func)
     if not s.multi_label: check_classes(pred, y, s.no_label)
     elif pred.shape != y.shape:
         raise ValueError(f"targets of shape {tuple(y.shape)} do not fit logits of shape "
                          f"{tuple(pred.shape)}: with several labels per item both are (N, C)")
     s.per_sample = per_sample_loss(loss_func, pred, y)
-    s.weight,s.other_mean = class_weights(loss_func),another_mean(loss_func, pred, y)
+    weight = class_weights(loss_func)
+    s.loss_known = loss_func,weight
+    s.weight = None if weight is None else weight.to(pred.device)
+    s.other_mean = another_mean(loss_func, pred, y)
     s.unweighted = s.per_sample if s.weight is None else per_sample_loss(without_weights(loss_func), pred, y)
     if s.no_label is not None and s.no_label < 0 and s.named: # comparing each batch costs time
         told = (y == s.no_label).any()

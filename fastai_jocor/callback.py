@@ -7,15 +7,14 @@ __all__ = ['JoCorCallback']
 
 # %% ../nbs/08_callback.ipynb #729d910c
 import torch
-from numbers import Integral
 from typing import Literal
 from fastai.basics import *
-from .arguments import check_choice, check_number
+from .arguments import check_choice, check_number, check_whole
 from .losses import (check_co_lambda, check_contrast, Contrast, default_co_lambda, joint_loss,
                                  joint_loss_multi, peer_losses)
 from .selection import class_quantiles
 from .evidence import Evidence, evidence_state
-from .untold import hidden_count, hidden_from
+from .untold import hidden_count
 from .prune import Prune
 from .batch import Selection
 from .state import FitState
@@ -57,7 +56,7 @@ class JoCorCallback(PeersCallback):
                      'lie in [0, 1]: how far selection makes up for classes that have fallen behind')
         check_choice('rule', rule, (None,'evidence','schedule'))
         for part in without: check_choice('without', part, Evidence.parts)
-        hidden_from(0, self.k, share=hidden)
+        hidden_count(0, self.k, hidden)
         if co_lambda is not None: check_co_lambda(co_lambda)
         self.co_lambda,self.contrast = co_lambda,check_contrast(contrast)
         self.prune,self.refresh = prune,refresh
@@ -98,8 +97,7 @@ def paper(cls:JoCorCallback,
 
 def _check_prune(prune, refresh, graphs):
     check_choice('prune', prune, (None,'exact','approx'))
-    check_number('refresh', refresh, lambda v: isinstance(v, Integral) and v >= 1,
-                 'be an integer of at least 1: the epochs from one computation of all losses to the next')
+    check_whole('refresh', refresh, 1, ': the epochs from one computation of all losses to the next')
     if prune and graphs:
         raise ValueError(f"prune={prune!r} changes the shape of batches, and graphs=True needs one shape: leave one "
                          "of them out")

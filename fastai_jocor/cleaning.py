@@ -13,6 +13,7 @@ from .noise_record import NoiseRecord
 from .blocks import NoisyLabel
 from .state import class_names_of, classes_of, item_names
 from .trainer import PeersCallback
+from .feature_loaders import given_labels
 from .audit import suspect_scores
 
 # %% ../nbs/15_cleaning.ipynb #c1ea0010
@@ -26,7 +27,7 @@ def cleaned(
     vocab = _vocab_of(dls)
     if how not in ('drop', 'relabel'): raise ValueError(f"how={how!r} must be 'drop' or 'relabel'")
     pos = _positions(suspects, ds)
-    labels = _labels_of(train)
+    labels = given_labels(train)
     left = np.arange(len(ds))
     if how == 'relabel': labels[pos] = _predicted(suspects, vocab)
     else: left = np.setdiff1d(left, pos)
@@ -84,12 +85,6 @@ def _relabelled_datasets(ds, labels, left, vocab, noise):
     return Datasets(tls=[x._new(items), labels], n_inp=ds.n_inp)
 
 # %% ../nbs/15_cleaning.ipynb #c1ea0016
-def _labels_of(dl):
-    "Class index of each item, a new array"
-    if hasattr(dl, 'relabelled'): return dl.labels
-    if isinstance(dl.dataset, Tabular): return dl.dataset.y.to_numpy(dtype=np.int64, copy=True)
-    return np.array([int(o) for o in dl.dataset.tls[1]])
-
 def _relabelled_table(to, labels, left, noise):
     y = to.y_names[0]
     new = to.new(to.items.iloc[left].assign(**{y: labels[left].astype(to.items[y].dtype)}))
@@ -127,7 +122,7 @@ class SuspectsLearner(GetAttr):
         if item_names(dl.dataset) != self.cb.source.names:
             raise ValueError(f"learn has {len(dl.dataset)} training items, but the ledger is of {len(f)} others: "
                              "pass the learner that the callback trained")
-        labels = _labels_of(dl) if (f.given_label < 0).any() else f.given_label.to_numpy()
+        labels = given_labels(dl) if (f.given_label < 0).any() else f.given_label.to_numpy()
         rank = suspect_scores[self.score](f).rank(pct=True).fillna(0.)
         listed = f.index.isin(self.cb.suspects(score=self.score).index)
         return None,torch.tensor(labels),None,torch.tensor(listed + rank.to_numpy())

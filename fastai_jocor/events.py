@@ -74,6 +74,7 @@ class LeaveNothing(Part):
         except BaseException:
             learn._end_cleanup()
             self.after_fit()
+            self.owner.lost.after_fit()
             self.owner.undo()
             self.owner.put_back()
             raise

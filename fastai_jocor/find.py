@@ -11,7 +11,7 @@ from typing import Any, Literal
 from scipy import special
 from fastai.basics import *
 from fastai.vision.data import get_grid
-from .arguments import check_number
+from .arguments import check_number, check_whole
 from .order import same_random_states
 from .per_sample import ignored_label
 from .state import class_names_of, item_names
@@ -133,8 +133,7 @@ def suspects(self:LabelAudit,
 )->pd.DataFrame: # Rows of `table`, the most probably wrong first
     "The items whose labels are probably wrong"
     check_number('least', least, lambda v: 0 <= v <= 1, 'lie in [0, 1]: a probability that a label is wrong')
-    check_number('n', ifnone(n, 0), lambda v: isinstance(v, int) and v >= 0,
-                 'be an integer of at least 0, or None for all')
+    check_whole('n', ifnone(n, 0), 0, ', or None for all')
     _check_part(part)
     t = self.table if part is None else self.table[self.table.part == part]
     if not self.learned or not self.trusted: warnings.warn(str(self))
@@ -198,7 +197,7 @@ def audit_labels(
     **kwargs # To `JoCorCallback`
 )->LabelAudit: # Suspects, how many labels are wrong, duplicates and outliers
     "Find the labels of a learner's items that are probably wrong"
-    check_number('fine_tune', fine_tune, lambda v: isinstance(v, int) and v >= 0, 'be an integer of at least 0: epochs')
+    check_whole('fine_tune', fine_tune, 0, ': epochs')
     if fine_tune and not (features and body_of(learn.model) is not None):
         raise ValueError(f"fine_tune={fine_tune} needs features of a body: else the whole model is trained anyway")
     with same_random_states(learn.dls.train):

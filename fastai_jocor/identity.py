@@ -46,13 +46,13 @@ def labels_differ(
     idxs, # Positions of items in it, in their order
     y:Tensor # Labels of a batch that should be the first of them, shape (N,)
 )->bool: # `False` if labels cannot be read without the inputs
-    "Whether a batch has other labels than the items that it should hold; a transform may rename them"
+    "Whether a batch has other labels than the items that it should hold; a transform may rename or merge them"
     read = _readers(ds)[1]
-    if read is None or y.ndim != 1: return False
+    if read is None or not isinstance(y, Tensor) or y.ndim != 1: return False
     try: known = [int(read(int(i))) for i in idxs[:len(y)]]
     except Exception: return False # several labels an item, or none
     pairs = set(zip(known, y.tolist()))
-    return len(pairs) > min(len(set(column)) for column in zip(*pairs))
+    return len(pairs) > len({label for label,_ in pairs})
 
 def other_labels(
     old:list, # From `some_labels`

@@ -11,7 +11,7 @@ import numpy as np
 from contextlib import nullcontext
 from scipy.special import logsumexp
 from fastai.basics import *
-from .arguments import check_k, check_number
+from .arguments import check_k, check_number, check_whole
 from .interval import beats_constant, sure_error, wrong_share
 from .per_sample import first_output, is_multi_label, plain
 from .copies import copied, reset_weights
@@ -45,9 +45,7 @@ def _check(learn, k, epochs, lr, kwargs):
     "Refuse what cannot be audited, before anything is computed"
     if check_k(k) < 2:
         raise ValueError(f"k={k} must be at least 2: each label is judged by a network that was not told it")
-    if epochs is not None:
-        whole = lambda v: isinstance(v, int) and v >= 1
-        check_number('epochs', epochs, whole, 'be an integer of at least 1, or None: 10 to 30')
+    if epochs is not None: check_whole('epochs', epochs, 1, ', or None: 10 to 30')
     check_number('lr', ifnone(lr, 1), lambda v: v > 0, 'be above 0: the maximum learning rate; or None')
     for name in ('rule','hidden'):
         if name not in kwargs: continue
@@ -189,7 +187,7 @@ def _own_votes(learn, idxs):
     device,mode = next(body_of(model).parameters()).device,model.training
     model.to(device).eval()
     say = lambda x: plain(first_output(model(*to_device(x, device)))).argmax(-1).cpu().numpy()
-    said = [say(x) for x in in_order(learn.dls.train, 0, 64, False, idxs)]
+    said = [say(x) for x in in_order(learn.dls.train, idxs, 64, False)]
     model.train(mode)
     return np.concatenate(said)
 

@@ -149,11 +149,11 @@ class NoiseEstimate:
     votes:float # Share of votes against the label, less those in doubt; or of sure votes only
     doubt:float # Share of predictions in which peers differ; one network: from its majority
     trusted:bool # Whether the estimate can be trusted: few votes in doubt, or a narrow interval
-    low:float=0. # Lower end of the interval, in [0, 1]
-    high:float=1. # Upper end, in [0, 1]; 0 and 1 if no interval is known
+    low:float|None=None # Lower end of the interval, in [0, 1]; `None` if no interval is known
+    high:float|None=None # Upper end, in [0, 1]
 
     @property
-    def has_interval(self): return (self.low,self.high) != (0.,1.)
+    def has_interval(self): return self.low is not None
 
     def __str__(self):
         if self.has_interval:

@@ -91,7 +91,9 @@ class Peers(nn.Module):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
 # %% ../nbs/03_peers.ipynb #268d6993
-def _is_right(logits, targ): return (logits.argmax(-1) == targ).float()
+def _is_right(logits, targ): return (logits.argmax(-1) == targ.flatten()).float()
+
+def _logits(out): return out if isinstance(out, Tensor) else out[0] # a text classifier returns its states too
 
 def _guard_msg(k):
     return (f"this model holds k={k} peers, and no ordinary loss fits their stacked logits: "
@@ -121,13 +123,13 @@ def peer(self:Peers,
 @patch
 @torch.no_grad()
 def best_peer(self:Peers,
-    batches, # Iterable of `(*inputs, targ)` batches, such as `dls.valid`; use clean data where you can
+    batches, # Of `(*inputs, targ)` batches, targ (N,) or (N, 1), such as `dls.valid`; use clean data where you can
     score:Callable|None=None # `f(logits (N, C), targ (N,)) -> (N,)`, higher is better; `None`: accuracy
 )->nn.Module: # The network itself, not a copy, in evaluation mode
     "Take out the peer with the best mean score on `batches`, by default the most accurate one"
     if score is None: score = _is_right
     was = self.training
     self.eval()
-    try: totals = sum(torch.stack([score(m(*x), y).sum() for m in self.peers]) for *x,y in batches)
+    try: totals = sum(torch.stack([score(_logits(m(*x)), y).sum() for m in self.peers]) for *x,y in batches)
     finally: self.train(was)
     return self.peers[int(totals.argmax())].eval()

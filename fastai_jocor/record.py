@@ -38,17 +38,10 @@ def _several_labels(logits, pred, holds):
                 given_label=none)
 
 # %% ../nbs/06_record.ipynb #032b9986
-def _times(kept, n):
+def _times_kept(kept, n):
+    "How often each of n items was kept, from positions in the batch, or from counts (floats)"
     if kept.is_floating_point(): return kept.float()
     return torch.zeros(n, device=kept.device).index_add_(0, kept, torch.ones(len(kept), device=kept.device))
-
-def _times_kept(kept, loss):
-    "How often each item was kept, from positions in the batch, or from counts (floats)"
-    if any(o.is_floating_point() for o in kept): return torch.cat([_times(o, len(l)) for o,l in zip(kept, loss)])
-    starts = itertools.accumulate(map(len, loss), initial=0)
-    at = torch.cat([o+start for o,start in zip(kept, starts)])
-    times = torch.zeros(sum(map(len, loss)), device=at.device)
-    return times.index_add_(0, at, torch.ones(len(at), device=at.device))
 
 # %% ../nbs/06_record.ipynb #032b9987
 class Sightings:
@@ -72,7 +65,7 @@ class Sightings:
         "Compute the columns of the batches that are held; a pruned item has no loss"
         at,n,pruned,ignored,kept,loss,logits,pred,targ = zip(*self.batches)
         finite = torch.cat(loss).nan_to_num(torch.inf, torch.inf, torch.inf)
-        cols = dict(kept=_times_kept(kept, loss), loss=finite)
+        cols = dict(kept=torch.cat([_times_kept(o, len(l)) for o,l in zip(kept, loss)]), loss=finite)
         logits,targ = torch.cat(logits, 1),torch.cat(targ)
         cols |= what_is_seen(logits, torch.cat(pred), targ)
         idx,repeated = ([self._of_batch(o, a, m) for a,m in zip(at, n)] for o in (self.s.items, self.s.repeated))
@@ -110,11 +103,11 @@ def class_counts(
     seen:dict, # From `Sightings.columns`
     n_classes:int # Number of classes C
 )->dict: # `given`, `kept` and `votes`, each of shape (C,), float64, on the CPU
-    "For each class, how many items have its label, are kept with it, and are predicted as it"
+    "For each class, how many items have its label, are kept with it, and are predicted as it; those pruned are not"
     given,votes = (seen[name].clamp_min(0).cpu() for name in ('given_label','predicted_label'))
-    kept = seen['kept'].cpu().double()
+    kept,scored = seen['kept'].cpu().double(),~seen['loss'].isnan().cpu()
     count = lambda labels, weights=None: torch.bincount(labels, weights, n_classes).to(kept)
-    return dict(given=count(given), kept=count(given, kept), votes=count(votes))
+    return dict(given=count(given), kept=count(given, kept), votes=count(votes[scored]))
 
 def _warn_of_bad_numbers(epoch, bad, n):
     if not bad: return
@@ -145,6 +138,9 @@ class Record(Part):
         seen = self.sightings.columns()
         self.sightings = None
         if s.world > 1: seen = self._of_all_processes(seen)
+        if s.items is not None: # a pruned item's label was seen in an earlier epoch
+            known = owner.items.given_label[seen['idx']]
+            seen['given_label'] = torch.where(seen['loss'].isnan(), known, seen['given_label'])
         self.figures = self._figures(s, seen)
         self.by_class = None if s.multi_label else class_counts(seen, s.n_classes)
         if not owner.finding: _warn_of_bad_numbers(self.epoch, self.figures['non_finite'], len(seen['loss']))
@@ -215,9 +211,13 @@ def lost_classes(
 class LostClasses(Part):
     "Warn of classes that are not learned; the estimate of the noise rate is not trusted then"
     order = 7
-    def after_train(self):
+    def before_fit(self): self.finding = self.owner.finding
+
+    def after_fit(self):
+        "From the latest epoch, also where the fit was stopped"
         o,counts = self.owner,self.owner.record.by_class
-        if counts is None or o.finding or self.epoch < self.n_epoch-1: return
+        o.record.by_class = None
+        if counts is None or self.finding: return
         lost = lost_classes(counts)
         if not lost: return
         if o.estimate is not None: o.estimate.trusted = False

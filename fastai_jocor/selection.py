@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['default_num_gradual', 'forget_schedule', 'keep_count', 'select_small', 'small_loss_mask', 'keep_by_margin',
-           'select_small_global', 'precision_and_recall', 'share', 'class_quantiles']
+           'precision_and_recall', 'share', 'class_quantiles']
 
 # %% ../nbs/01_selection.ipynb #73c3fc0b
 import numpy as np, torch
-from numbers import Integral
 from torch import Tensor
-from .arguments import check_forget_rate, check_number
+from .arguments import check_forget_rate, check_number, check_whole
 from .losses import widest
 
 # %% ../nbs/01_selection.ipynb #8c34f3fc
@@ -32,8 +31,7 @@ def forget_schedule(
     check_forget_rate(tau, 'tau')
     if n_epoch < 1: raise ValueError(f"n_epoch={n_epoch!r} must be at least 1")
     if num_gradual is None: num_gradual = default_num_gradual(n_epoch)
-    check_number('num_gradual', num_gradual, lambda v: isinstance(v, Integral) and v >= 0,
-                 'be an integer of at least 0: the epochs over which the forget rate rises')
+    check_whole('num_gradual', num_gradual, 0, ': the epochs over which the forget rate rises')
     check_number('exponent', exponent, lambda v: 0 < v < float('inf'), 'be greater than 0 and finite')
     rise = np.linspace(0, tau**exponent, num_gradual)
     return np.concatenate([rise, np.full(n_epoch, float(tau))])[:n_epoch]
@@ -99,21 +97,6 @@ def keep_by_margin(
     best = by if usable is None else by.masked_fill(barred, torch.inf)
     keep = ~drop | (by <= best.min())
     return keep if usable is None else keep & usable
-
-# %% ../nbs/01_selection.ipynb #02e68c52
-def select_small_global(
-    loss:Tensor, # Loss per item of this process, shape (N,), N the same in every process
-    R:float=0., # Forget rate: share of the union to drop, in [0, 1)
-    n:int|None=None # Items to keep in the union; `None`: `keep_count` of its size
-)->tuple: # How often each own item is kept, shape (N,), float; how many are kept in all
-    "Small-loss selection over the union of the batches of all processes of `torch.distributed`"
-    from torch import distributed as dist
-    own,world = loss.detach().contiguous(),dist.get_world_size()
-    parts = [torch.empty_like(own) for _ in range(world)]
-    dist.all_gather(parts, own)
-    kept = select_small(torch.cat(parts), R, n)
-    times = own.new_zeros(world*len(own)).index_add_(0, kept, own.new_ones(len(kept)))
-    return times.view(world, -1)[dist.get_rank()],len(kept)
 
 # %% ../nbs/01_selection.ipynb #632d2905
 def precision_and_recall(

@@ -130,7 +130,6 @@ class MakePeers(Part):
         learn.model.multi_label |= s.multi_label
         s.device = next(learn.model.parameters()).device
         s.last_loss = torch.zeros((), device=s.device)
-        if s.weight is not None: s.weight = s.weight.to(s.device)
         self._open_ledger(o, s)
         learn.opt.zero_grad()
 

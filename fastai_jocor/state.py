@@ -43,7 +43,7 @@ def item_names(
         names = item_names(ds.dataset)
         return [names[i] for i in ds.indices]
     n = len(ds) if hasattr(ds, '__len__') else 0
-    items = getattr(ds, 'items', None)
+    items = getattr(ds, 'items', getattr(ds, 'samples', None)) # `samples` of torchvision's `ImageFolder`
     if isinstance(items, pd.DataFrame) and len(items) == n: return list(items.index)
     if not hasattr(items, '__len__') or len(items) != n: return list(range(n))
     items = [o[0] if isinstance(o, tuple) and len(o) else o for o in items]

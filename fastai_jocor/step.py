@@ -150,7 +150,7 @@ class SmallLoss(Part):
         learn.loss_func = s.loss_func
         logits = plain(first_output(pred))
         targ = label_column(plain(yb[0]))
-        if not s.checked: self.owner.check(logits[0].detach(), [plain(o) for o in yb])
+        if not s.loss_is_known: self.owner.check(logits[0].detach(), [plain(o) for o in yb])
         elif s.reads_are_free and not s.multi_label: check_classes(logits[0], targ, s.no_label)
         if s.no_label is not None and not s.multi_label: targ = self._labelled(s, targ)
         return self.judge(logits, targ, s.R if s.pruned is None else 0.)
@@ -184,6 +184,7 @@ class SmallLoss(Part):
         s.last_loss = torch.where(_not_finite(loss), s.last_loss, loss).float()
         learn.loss,learn.pred = s.last_loss,s.pred
 
+    def after_train(self): self.learn.selection.log_probs = None # it has the graph of the last batch
     def undo(self):
         if self.learn is not None: self.put_back()
 

@@ -12,7 +12,7 @@ from fastai.basics import *
 from collections.abc import Callable
 from fastai.callback.training import GradientAccumulation
 from .arguments import check_choice, check_k, check_number, check_seed, check_tau, refuse_unknown
-from .selection import forget_schedule, keep_count, select_small, select_small_global, small_loss_mask
+from .selection import forget_schedule, keep_count, select_small, small_loss_mask
 from .peers import Peers
 from .processes import own_part, union
 from .batch import check_batch, is_fitting, is_validating, Selection
@@ -83,9 +83,9 @@ class PeersCallback(FitState, Callback):
 # %% ../nbs/07d_trainer.ipynb #78a68d23
 @patch
 def _make_parts(self:PeersCallback, graphs):
-    self.small_loss,self.record = SmallLoss(self),Record(self)
+    self.small_loss,self.record,self.lost = SmallLoss(self),Record(self),LostClasses(self)
     self.parts = [QuickEvents(self), LeaveNothing(self), MakePeers(self), ForgetRate(self), BatchItems(self),
-                  NonFinite(self), self.small_loss, self.record, Estimate(self), LostClasses(self), UndoPeers(self)]
+                  NonFinite(self), self.small_loss, self.record, Estimate(self), self.lost, UndoPeers(self)]
     if graphs: self.parts.append(Graphs(self))
 
 @patch
@@ -161,12 +161,9 @@ def keep_small(self:PeersCallback,
     s = self.selection
     if by is None: by = losses
     if s.bad is not None: losses,by = losses.masked_fill(s.bad, torch.inf),by.masked_fill(s.bad, torch.inf)
-    if s.ignored is not None:
-        mask,n = self.small_mask(by[None], R, ~s.ignored[None], self.rounding != 'official')
+    if s.ignored is not None or s.across:
+        mask,n = self.small_mask(by[None], R, None if s.ignored is None else ~s.ignored[None])
         return self.mean_kept(losses, mask[0], n[0]), mask[0], losses
-    if s.across:
-        times,n = select_small_global(by, n=self.keep_count(s.world*len(by), R))
-        return self.mean_kept(losses, times, n), times, losses
     finite = s.reads_are_free and math.isfinite(by.sum().item())
     kept = select_small(by, n=self.keep_count(len(by), R), finite=finite)
     few = losses.index_select(0, kept)
@@ -186,15 +183,20 @@ def keep_count(self:PeersCallback,
 def small_mask(self:PeersCallback,
     by:Tensor, # What to rank by in each of r rankings, shape (r, N)
     R:float, # Forget rate: share of the candidates to drop, in [0, 1)
-    among:Tensor|None=None, # Candidates of each ranking, shape (r, N), bool; `None` for all
-    carried:bool=False # Carry the fraction of `R*n` over to the next batch; needs `among`
+    among:Tensor|None=None # Candidates of each ranking, shape (r, N), bool; `None` for all
 )->tuple: # 1 for kept items, else 0, shape (r, N); number kept in all processes, shape (r,)
     "Small-loss selection in each ranking"
     s = self.selection
     if s.across: by,among = union(by),None if among is None else union(among)
-    n = among.sum(-1) if carried else None
-    mask = small_loss_mask(by, R, among, n-s.drop_count(n, R) if carried else None)
+    mask = small_loss_mask(by, R, among, None if self.rounding == 'official' else self._count(by, R, among))
     return own_part(mask) if s.across else mask, mask.sum(-1)
+
+@patch
+def _count(self:PeersCallback, by, R, among):
+    "Number of items to keep in each ranking; the fraction of `R*n` is carried over to the next batch"
+    if among is None: return by.new_full((len(by),), self.keep_count(by.shape[1], R), dtype=torch.long)
+    n = among.sum(-1)
+    return n-self.selection.drop_count(n, R)
 
 @patch
 def mean_kept(self:PeersCallback,

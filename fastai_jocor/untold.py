@@ -18,10 +18,12 @@ def hidden_from(
     seed:int=0, # Seed of the draw
     share:float|None=None # Share that is hidden from each peer, in [0, 1/k]; `None`: 0.1, or 1/k if less
 )->Tensor: # Shape (n,), int64: the peer that each item is hidden from; -1 for none
-    "Draw the items that are hidden from each peer; no item is hidden from two"
+    "Draw the items that are hidden from each peer; no item is hidden from two, and with 1/k each from one"
     order,size = np.random.default_rng(seed).permutation(n),hidden_count(n, k, share)
     res = np.full(n, -1)
     for peer in range(k): res[order[peer*size:(peer+1)*size]] = peer
+    rest = order[k*size:]
+    if size and len(rest) < k: res[rest] = np.arange(len(rest)) # as with 1/k of 100 items and k=3
     return torch.as_tensor(res)
 
 def hidden_count(
@@ -29,7 +31,7 @@ def hidden_count(
     k:int, # Number of peers
     share:float|None=None # As in `hidden_from`
 )->int: # In [0, n/k]
-    "Number of items that are hidden from each peer"
+    "Number of items that are hidden from each peer, or one less"
     if share is None: share = min(.1, 1/k)
     check_number('hidden', share, lambda v: 0 <= v <= 1/k+1e-9,
                  f'lie in [0, 1/{k}]: the share of items hidden from each peer; no item is hidden from two')

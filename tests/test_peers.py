@@ -2,6 +2,7 @@
 import copy, pytest, torch
 from torch import nn
 from fastai.vision.all import xresnet18, create_head, params
+from fastai_jocor.copies import *
 from fastai_jocor.peers import *
 from fastai_jocor.all import JoCorCallback
 from fastai_jocor.lab.datasets import jocor_cnn, jocor_mlp

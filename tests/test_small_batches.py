@@ -1,8 +1,8 @@
 "What is left of `R*n` goes to the next batch, so that small batches drop as large a share as large ones."
 import pytest, torch
 from hypothesis import given, strategies as st
-from fastai.vision.all import GradientAccumulation
-from fastai_jocor.all import JoCorCallback, jocor_mlp
+from fastai.vision.all import GradientAccumulation, partial
+from fastai_jocor.all import CoTeachingCallback, JoCorCallback, jocor_mlp
 from fastai_jocor.batch import Selection
 from learners import Step, tensors
 
@@ -29,13 +29,13 @@ def items(n=240):
     x,y = torch.randn(n, 64, generator=g),torch.randint(0, 10, (n,), generator=g)
     return x,y
 
-def dropped(bs, lr=1e-3, cbs=(), **kwargs):
+def dropped(bs, lr=1e-3, cbs=(), method=partial(JoCorCallback, rule='schedule'), **kwargs):
     "Items that the batches of an epoch drop, and how many they hold"
     counts = []
     def count(l):
         kept = l.selection.kept
         counts.append(l.selection.n-int(kept.sum() if kept.is_floating_point() else len(kept)))
-    cb = JoCorCallback(k=2, rule='schedule', num_gradual=0, **kwargs)
+    cb = method(k=2, num_gradual=0, **kwargs)
     learn = tensors(*items(), jocor_mlp(10, 64), bs=bs)
     learn.fit(1, lr, cbs=[cb, Step(count), *cbs])
     assert len(counts) == len(learn.dls.train) and 1-cb.history.kept[0] == pytest.approx(sum(counts)/240)
@@ -49,6 +49,11 @@ def test_the_share_of_an_epoch(bs, accumulate):
     share = sum(dropped(bs, cbs=cbs, forget_rate=R))/240
     if bs == 1: assert share == 0 # one item of each batch is kept
     else: assert R-1/240-1e-6 < share <= R+1e-6
+
+@pytest.mark.parametrize('bs', (2,3,7,8))
+def test_the_share_of_an_epoch_in_co_teaching(bs):
+    share = sum(dropped(bs, method=CoTeachingCallback, forget_rate=.37))/240
+    assert .37-1/240-1e-6 < share <= .37+1e-6
 
 @pytest.mark.parametrize('bs', (2,3,7,64))
 def test_official_rounding_is_that_of_each_batch(bs):

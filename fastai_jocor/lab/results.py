@@ -43,10 +43,6 @@ def _packed_results(folder):
     file = Path(folder)/_results
     return _read_lines(file, file.stat().st_mtime_ns) if file.exists() else {}
 
-def _history(table):
-    "Rename the column `forget_rate` of older histories"
-    return table.rename(columns=dict(forget_rate='R'))
-
 def _packed_histories(folder):
     file = Path(folder)/_histories
     if not file.exists(): return {}
@@ -85,7 +81,7 @@ def read_runs(
     for d in (f.parent for f in Path(folder).glob('*/result.json')):
         with contextlib.suppress(OSError, ValueError):
             result = json.loads((d/'result.json').read_text(encoding='utf-8'))
-            runs[d.name] = result,_history(pd.read_csv(d/'history.csv'))
+            runs[d.name] = result,pd.read_csv(d/'history.csv')
     return {name: run for name,run in sorted(runs.items()) if _is_whole(*run)}
 
 def pack(

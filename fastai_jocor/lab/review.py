@@ -10,7 +10,7 @@ import pandas as pd, shlex, shutil
 from datetime import datetime
 from fastai.vision.all import *
 from .. import __version__
-from ..arguments import check_number, check_seed
+from ..arguments import check_number, check_seed, check_whole
 from ..files import read_table, write_table
 from ..find import audit_labels
 from .images import audit_learner, default_size, readable
@@ -125,7 +125,7 @@ def audit(
     whole = dict(k=(k,2), size=(ifnone(size, 1),1), bs=(bs,1), n=(ifnone(n, 0),0), epochs=(ifnone(epochs, 1),1),
                  fine_tune=(fine_tune,0))
     for name,(v,low) in whole.items():
-        check_number(name, v, lambda v: isinstance(v, int) and v >= low, f'be an integer of at least {low}')
+        check_whole(name, v, low)
     check_number('least', least, lambda v: 0 <= v <= 1, 'lie in [0, 1]: a probability that a label is wrong')
     source,out = Path(source),Path(out)
     root = Path(path or (source if source.is_dir() else source.parent))
