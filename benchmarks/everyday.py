@@ -16,7 +16,7 @@ FOLDER, or the environment variable FASTAI_JOCOR_DATA, holds the data. Data that
 - `cifar10/{train,test}/<class>` and `clothing/{train,test}/<class>`, photographs for the slow part, and
   `CIFAR-10_human.pt`, the labels that people gave. A GPU does it in minutes: `gpu.py everyday`.
 
-The slow part also fine-tunes a pretrained EfficientNet-Lite0. timm fetches its weights, unless the
+The slow part also fine-tunes a pretrained EfficientNet-Lite0, and trains it whole in a plain `Learner`. timm fetches its weights, unless the
 environment variable FASTAI_JOCOR_WEIGHTS names a file of them, in timm's layout for `tf_efficientnet_lite0`.
 
 Each row of results/everyday.csv is one run: a cell (data, noise, epochs, learning rate), a method and a seed. Rows that
@@ -67,6 +67,7 @@ tables = dict(
     features30=Data(features, feature_learner, 128, people, [(30, 3e-3)], 'slow'),
     cifar=Data(cifar, image_learner, 128, [*simple, 'worse'], [(10, 3e-3), (30, 3e-3)], 'slow'),
     clothing_photos=Data(clothing_photos, quick_photo_learner, 64, light, [(4, 2e-3)], 'slow', fine_tuned),
+    clothing_timm=Data(clothing_timm, timm_learner, 64, ['clean','symmetric 30'], [(4, 1e-3)], 'slow'),
     cifar3k=Data(cifar3k, quick_photo_learner, 64, ['worse'], [(4, 2e-3)], 'slow', fine_tuned))
 Cell = namedtuple('Cell', 'data noise epochs lr')
 

@@ -123,6 +123,8 @@ def clothing_photos(path, seed):
     x,x_test = (np.array([str(o) for o in files]) for files in sets)
     return Source(x, labels[0], x_test, labels[1], names, {})
 
+def clothing_timm(path, seed): return _some(clothing_photos(path, seed), 1500, seed)
+
 # Noise
 digit_pairs = {7:1, 2:7, 5:6, 6:5, 3:8}
 pairs = dict(digits=digit_pairs, scarce=digit_pairs, mnist=digit_pairs, features={9:1, 2:0, 3:5, 5:3, 4:7},
@@ -131,7 +133,7 @@ pairs = dict(digits=digit_pairs, scarce=digit_pairs, mnist=digit_pairs, features
              trec={'ENTY':'DESC', 'DESC':'ENTY', 'HUM':'ENTY', 'LOC':'NUM'})
 as_cifar = 'features500','features1k','features5k','features10k','features30','hard3k','hard10k','cifar'
 pairs |= {o: pairs['features'] for o in as_cifar}
-pairs |= {o: pairs['clothing'] for o in ('clothing500','clothing_photos')}
+pairs |= {o: pairs['clothing'] for o in ('clothing500','clothing_photos','clothing_timm')}
 
 def given_labels(d, data, noise, seed):
     "The labels that the learner gets"
@@ -216,3 +218,11 @@ def photo_learner(d, y, bs, size=96, resize=ResizeMethod.Squish, **kwargs):
     if WEIGHTS: kwargs['pretrained_cfg_overlay'] = dict(file=WEIGHTS)
     return vision_learner(dls, 'tf_efficientnet_lite0', loss_func=kwargs.pop('loss_func', None),
                           cbs=ChannelsLast(), **kwargs)
+
+def timm_learner(d, y, bs, **kwargs):
+    "A pretrained network of timm in a plain `Learner`, which does not know that it is pretrained"
+    import timm
+    dls,file = photo_learner(d, y, bs).dls,dict(file=WEIGHTS) if WEIGHTS else None
+    net = timm.create_model('tf_efficientnet_lite0', pretrained=True, num_classes=len(d.names),
+                            pretrained_cfg_overlay=file)
+    return Learner(dls, net, cbs=ChannelsLast(), opt_func=fastais_adam, **kwargs)

@@ -14,7 +14,7 @@ ORDER = 'plain,jocor3', 'averaged,jocor2'
 def keys(args, cells, Cell):
     "Cells, methods and seeds, the most valuable first"
     if args.tiny: return [(Cell('digits', 'symmetric 20', 1, 3e-3), name, 0) for name in ('plain','jocor3')]
-    there = dict(clothing_photos='clothing', cifar='cifar10')
+    there = dict(clothing_photos='clothing', clothing_timm='clothing', cifar='cifar10')
     which = [c for c in cells('slow', there) if (args.path/there[c.data]).is_dir()]
     return [(c, name, seed) for names in ORDER for seed in range(3) for c in which for name in names.split(',')]
 

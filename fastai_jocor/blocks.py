@@ -15,6 +15,7 @@ from fastai.data.transforms import Categorize, Category
 from fastai.tabular.core import Tabular
 from fastai.torch_core import show_title
 from .noise import Asymmetric, LabelNoise, PairFlip, Symmetric
+from .transition import index_key
 from .noise_record import NoiseRecord, _record_of
 from .instance import InstanceDependent
 from .human import HumanLabels
@@ -55,10 +56,8 @@ def item_key(
     if isinstance(o, (int,np.integer)): return int(o)
     if isinstance(o, os.PathLike): return Path(os.path.relpath(o, root) if root else o).as_posix()
     if isinstance(o, str): return o
-    if isinstance(o, pd.Series): return _index_key(o.name)
+    if isinstance(o, pd.Series): return index_key(o.name)
     return hashlib.blake2b(_bytes(o, root), digest_size=16).hexdigest()
-
-def _index_key(o): return int(o) if isinstance(o, (int,np.integer)) else str(o)
 
 def _bytes(o, root):
     "What an item consists of, as bytes"
@@ -138,7 +137,7 @@ class _DrawLabels(DisplayedTransform):
         if missing := int((given < 0).sum()):
             raise ValueError(f"{missing} of the {len(given)} labels in column {name!r} are missing: leave these "
                              f"rows out, as by df.dropna(subset=[{name!r}])")
-        keys = [_index_key(o) for o in to.items.index[:n]]
+        keys = [index_key(o) for o in to.items.index[:n]]
         _check_index(keys)
         record = self._record(given[:n], to.procs.vocab, keys, to.items[list(to.x_names)].iloc)
         to.items[name] = np.concatenate([record.noisy, given[n:]])

@@ -9,12 +9,10 @@ __all__ = ['ColumnLabels']
 import numpy as np, pandas as pd
 from fastai.basics import *
 from .arguments import did_you_mean
-from .transition import realised_transition, _names, _n_classes
+from .transition import index_key, realised_transition, _names, _n_classes
 from .noise import LabelNoise
 
 # %% ../nbs/11b_columns.ipynb #76f6141e
-def _key(o): return int(o) if isinstance(o, (int,np.integer)) else str(o)
-
 class ColumnLabels(LabelNoise):
     "Noise model: given labels from a column of a table that also has the true ones"
     def __init__(self,
@@ -32,7 +30,7 @@ class ColumnLabels(LabelNoise):
                                  "these rows out")
         self.label_col,self.true_col = label_col,true_col
         self.given,self.true = (df[col].astype(str).to_numpy() for col in (label_col,true_col))
-        self.rows = {_key(o): i for i,o in enumerate(df.index)}
+        self.rows = {index_key(o): i for i,o in enumerate(df.index)}
         if len(self.rows) < len(df):
             raise ValueError("the index of df is not unique: call `reset_index(drop=True)` first")
 
@@ -56,7 +54,7 @@ class ColumnLabels(LabelNoise):
         return codes
 
     def _draw(self, y, classes, seed, keys, items):
-        at = np.array([self.rows.get(_key(o), -1) for o in keys])
+        at = np.array([self.rows.get(index_key(o), -1) for o in keys])
         if (at < 0).any():
             raise ValueError(f"{self} does not fit: {(at < 0).sum()} of {len(y)} items are not in the table, "
                              f"such as {keys[int((at < 0).argmax())]!r}; items must be its rows")

@@ -16,14 +16,15 @@ from .features import writable_folder, body_of, kept_features
 class Projection(Module):
     "Projection to principal components, the first with a standard deviation of 1; it is not trained"
     def __init__(self,
-        x:np.ndarray, # Features to fit the components to, shape (n, features)
+        x:np.ndarray, # Features, shape (n, features); components are fitted to rows without NaN
         size:int|None=None, # Most components; `None`: one per ten items, 16 to 256
         seed:int=0 # Seed of the draw of 20,000 items, if there are more
     ):
         from sklearn.decomposition import PCA
         if size is None: size = min(256, max(16, len(x)//10))
-        some = np.sort(np.random.default_rng(seed).permutation(len(x))[:20_000])
-        found = PCA(min(size, x.shape[1], len(some)), random_state=seed).fit(x[some].astype(np.float32))
+        some = x[np.sort(np.random.default_rng(seed).permutation(len(x))[:20_000])].astype(np.float32)
+        some = some[~np.isnan(some).any(1)]
+        found = PCA(min(size, x.shape[1], len(some)), random_state=seed).fit(some)
         scale = max(float(found.explained_variance_[0])**.5, 1e-6)
         self.register_buffer('mean', tensor(found.mean_).float())
         self.register_buffer('axes', tensor(found.components_.T/scale).float())
@@ -37,7 +38,7 @@ def given_labels(
     if hasattr(dl, 'relabelled'): return dl.labels
     ds = dl.dataset
     if isinstance(ds, Tabular): return ds.y.to_numpy(dtype=np.int64, copy=True)
-    if hasattr(ds, 'tls'): return np.array([int(o) for o in ds.tls[1]])
+    if hasattr(ds, 'tls'): return np.array([int(o) for o in ds.tls[getattr(ds, 'n_inp', 1)]])
     return np.array([int(b[-1]) for b in ds])
 
 class FeatureItems:

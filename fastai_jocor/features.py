@@ -71,7 +71,7 @@ def read_features(
     body.eval()
     for x in in_order(dl, idxs, bs, progress):
         x = map(_laid_out, to_device(x, device))
-        yield to_detach(body(*x)).float().cpu().numpy().astype(np.float16)
+        yield to_detach(body(*x)).float().clamp(-65504, 65504).cpu().numpy().astype(np.float16)
 
 # %% ../nbs/13_features.ipynb #e3aa0e35
 def _files_of(ds, item):

@@ -28,7 +28,7 @@ def nearest_of(
     dls:DataLoaders # From `feature_dls`
 )->tuple: # Distances and positions, as from `nearest`, training items first
     "The nearest neighbours of all training and validation items, by the first 64 components of their features"
-    return nearest(torch.cat([dl.dataset.x[:,:64] for dl in dls.loaders[:2]]).cpu().numpy())
+    return nearest(torch.cat([dl.dataset.x[:,:64] for dl in dls.loaders[:2]]).nan_to_num().cpu().numpy())
 
 def _note_of(table, pairs, far):
     "What its neighbours show about each item"
@@ -44,6 +44,12 @@ def _note_of(table, pairs, far):
 # %% ../nbs/16b_find.ipynb #c41d77e2
 _Patched:Any = object # For type checkers: other cells give the class its methods
 
+def _warn_of_nan(judged, names):
+    bad = np.flatnonzero((judged.given >= 0) & ~judged.known)
+    if len(bad):
+        warnings.warn(f"{len(bad)} of the {len(names)} items have NaN or infinite numbers, such as {names[bad[0]]!r}: "
+                      "nothing is said of their labels")
+
 class LabelAudit(_Patched):
     "The result of `audit_labels`: `table` says of each item how probably its label is wrong"
     by_heart = False # Whether the body has probably learned the labels by heart, wrong ones included
@@ -58,6 +64,7 @@ class LabelAudit(_Patched):
         self.judged = {}
         for part,dl,_ in loaders: self.judged[part] = self._judge(part, dl)
         self.vocab = class_names_of(learn.dls) or list(range(self.judged['train'].n_classes))
+        for part,_,own in loaders: _warn_of_nan(self.judged[part], item_names(own.dataset))
         self.table = pd.concat([self._rows(part, own) for part,_,own in loaders], ignore_index=True)
         if 'flipped' in self.table: self.table['flipped'] = self.table.flipped.astype('boolean')
         distances,positions = np.empty((2,len(self.table),0)) if neighbours is None else neighbours

@@ -6,7 +6,8 @@
 __all__ = ['item_pixels', 'InstanceDependent']
 
 # %% ../nbs/10b_instance.ipynb #728a00d6
-import os, numpy as np
+import os, numpy as np, pandas as pd
+from numbers import Real
 from fastai.basics import *
 from PIL import Image
 from .arguments import check_number
@@ -33,6 +34,7 @@ def item_pixels(
         o = np.asarray(o if size is None else o.resize((size,size)))
     if isinstance(o, Tensor): o = o.detach().cpu().numpy()
     a = np.asarray(o)
+    if isinstance(o, pd.Series) and all(isinstance(v, Real) for v in a): a = a.astype(np.float64) # with bools
     if a.dtype.kind not in 'uifb':
         raise ValueError(f"an item of type {type(o).__name__} holds no numbers: "
                          "pass get_x, a function from an item to its image or numbers")
@@ -104,4 +106,7 @@ def _pixels(self:InstanceDependent, items, idx):
     rows = [item_pixels(items[i] if self.get_x is None else self.get_x(items[i]), self.size) for i in idx.tolist()]
     for i,r in zip(idx, rows):
         if len(r) != len(rows[0]): raise _unequal(items[i], len(r), len(rows[0]))
+        if not np.isfinite(r).all():
+            raise ValueError(f"item {str(items[i])[:200]} holds NaN or infinite numbers: fill them in first, as by "
+                             "FillMissing")
     return np.stack(rows)

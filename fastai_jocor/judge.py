@@ -51,7 +51,8 @@ def _check(learn, k, epochs, lr, kwargs):
         if name not in kwargs: continue
         raise ValueError(f"{name}={kwargs[name]!r} cannot be chosen: each label is hidden from one peer")
     if is_multi_label(learn.loss_func, torch.zeros(1,1)):
-        raise ValueError(f"learn has several labels per item ({learn.loss_func}): one class is needed")
+        raise ValueError(f"learn has several labels per item, or one output ({learn.loss_func}): one class is needed, "
+                         "two outputs and cross-entropy for two classes")
 
 class NoValidation(Callback):
     "Skip validation, whose figures nobody reads"
@@ -120,7 +121,7 @@ def peer_log_probs(
 
 # %% ../nbs/16_judge.ipynb #10330e63
 class Judgement:
-    "The probability that each of some labels is wrong, from peers that were not told it"
+    "The probability that each of some labels is wrong, from peers that were not told it; NaN for inputs with NaN"
     def __init__(self,
         said:np.ndarray, # From `peer_log_probs`, shape (k, n, C)
         hidden:np.ndarray, # The peer that was not told each label, shape (n,); -1 if no peer was told
@@ -128,7 +129,8 @@ class Judgement:
         posterior:LabelPosterior|None=None # Fitted to other items; `None` fits one to these
     ):
         k,n,self.n_classes = said.shape
-        self.given,self.known = given,given >= 0
+        self.given = given
+        self.known = (given >= 0) & ~np.isnan(said).any((0,2))
         self.all = logsumexp(said, 0)-np.log(k)
         self.untold = np.where(hidden[:,None] < 0, self.all, said[np.maximum(hidden, 0),np.arange(n)])
         self.right = self.untold.argmax(-1) == given
@@ -159,7 +161,9 @@ class Judgement:
         mean = max(self.guess, raw.mean()) if len(raw) else self.guess
         self.rate = float(np.clip(mean, self.low, self.high))
         self.p_wrong = np.full(len(known), np.nan)
-        self.p_wrong[known] = shifted(raw, np.clip(self.rate, 1e-4, 1-1e-4)) if posterior is None else raw
+        if not len(raw): return
+        fits = posterior is not None and self.low <= raw.mean() <= self.high # fitted to others, and right for these
+        self.p_wrong[known] = raw if fits else shifted(raw, np.clip(self.rate, 1e-4, 1-1e-4))
 
     @property
     def believed(self):

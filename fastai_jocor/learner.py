@@ -9,7 +9,7 @@ __all__ = ['PeerSplitter']
 from fastai.basics import *
 from collections.abc import Callable
 from typing import Literal
-from .copies import as_groups, make_peers
+from .copies import as_groups, has_learned, make_peers
 from .arguments import check_k
 from .peers import Peers
 
@@ -34,7 +34,17 @@ class PeerSplitter:
 def _default_init(learn):
     "With a pretrained or frozen body only the heads differ; a text learner may have loaded its encoder"
     if getattr(learn, 'pretrained', False) or learn.opt.frozen_idx: return 'head'
-    return 'head' if hasattr(type(learn), 'load_encoder') and len(learn.opt.param_lists) > 1 else 'all'
+    if hasattr(type(learn), 'load_encoder') and len(learn.opt.param_lists) > 1: return 'head'
+    if not _has_stepped(learn.opt): return 'head' if has_learned(learn.model) else 'all'
+    warnings.warn("the learner has trained its model before, and only the first peer goes on from it, the others start "
+                  "anew: train with the callback from the start, or pass init='head', so that all go on from its body")
+    return 'all'
+
+def _has_stepped(opt):
+    "Whether an optimizer holds averages of gradients"
+    state = opt.state_dict()['state']
+    each = state.values() if isinstance(state, dict) else state
+    return any(isinstance(o, Tensor) for s in each for o in s.values())
 
 @contextmanager
 def _thawed(opt, init):
@@ -80,7 +90,7 @@ def to_peers(self:Learner,
         raise ValueError("opt_func holds the parameters of one model already: pass a function "
                          "that makes an optimizer, such as partial(OptimWrapper, "
                          "opt=torch.optim.Adam)")
-    init = init or _default_init(self)
+    if init is None: init = _default_init(self) if models is None and k > 1 else 'all'
     with _thawed(opt, init): peers = make_peers(model if models is None else models, k, init, splitter, seed)
     if models is None: _freeze_as(peers.peers, model)
     try:

@@ -19,7 +19,15 @@ def nearest(
     check_number('k', k, lambda v: v >= 1, 'be at least 1: the number of neighbours')
     k = min(k, len(x)-1)
     if k < 1: return np.empty((len(x),0)), np.empty((len(x),0), int)
-    return NearestNeighbors(n_neighbors=k, algorithm='brute').fit(x).kneighbors()
+    positions = NearestNeighbors(n_neighbors=k, algorithm='brute').fit(x).kneighbors(return_distance=False)
+    parts = zip(np.array_split(x, 1+len(x)//1000), np.array_split(positions, 1+len(x)//1000))
+    exact = [np.linalg.norm(a[:,None]-x[at], axis=-1) for a,at in parts] # scikit-learn's are not 0 for copies
+    return np.concatenate(exact), positions
+
+def _usual(distances):
+    "The median distance to the nearest neighbour, among items that have no copy"
+    apart = distances[:,0] > 1e-3*np.median(distances[:,-1])
+    return max(float(np.median(distances[apart,0] if apart.any() else distances[:,-1])), 1e-12)
 
 def near_duplicates(
     distances:np.ndarray, # From `nearest`, shape (n, k)
@@ -28,7 +36,7 @@ def near_duplicates(
 )->pd.DataFrame: # `first`, `second`, `distance` (in medians); a row per pair, most alike first
     "Pairs of items that are nearly equal"
     if not distances.size: return pd.DataFrame(dict(first=[], second=[], distance=[]))
-    usual = max(float(np.median(distances[:,0])), 1e-12)
+    usual = _usual(distances)
     first,at = np.nonzero(distances <= within*usual)
     second = positions[first,at]
     pairs = pd.DataFrame(dict(first=np.minimum(first, second), second=np.maximum(first, second),

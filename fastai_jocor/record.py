@@ -110,7 +110,6 @@ def class_counts(
     return dict(given=count(given), kept=count(given, kept), votes=count(votes[scored]))
 
 def _warn_of_bad_numbers(epoch, bad, n):
-    if not bad: return
     warnings.warn(f"epoch {epoch}: {bad} of the {n} items had NaN or infinite numbers in input, output or loss, "
                   "and were left out (cb.history.non_finite)")
 
@@ -118,9 +117,10 @@ def _warn_of_bad_numbers(epoch, bad, n):
 class Record(Part):
     "Enter what was seen into the ledger, and compute the figures of the epoch"
     order = 5
+    by_class = None # From `class_counts`, of the latest epoch
     def before_fit(self):
         self.undo()
-        self.figures = self.by_class = None
+        self.told,self.figures,self.by_class = False,None,None
         if self.owner.finding: return
         self.mets = [ValueMetric(partial(self.value_of, name), name) for name in self.owner.columns]
         self.learn.metrics = self.learn.metrics + self.mets
@@ -143,7 +143,9 @@ class Record(Part):
             seen['given_label'] = torch.where(seen['loss'].isnan(), known, seen['given_label'])
         self.figures = self._figures(s, seen)
         self.by_class = None if s.multi_label else class_counts(seen, s.n_classes)
-        if not owner.finding: _warn_of_bad_numbers(self.epoch, self.figures['non_finite'], len(seen['loss']))
+        if self.figures['non_finite'] and not (self.told or owner.finding):
+            _warn_of_bad_numbers(self.epoch, self.figures['non_finite'], len(seen['loss']))
+            self.told = True
         if s.items is None or owner.finding: return
         before,scored = owner.items.given_label[seen['idx']],~seen['loss'].isnan()
         changed = scored & (before >= 0) & (before != seen['given_label'])
@@ -210,7 +212,7 @@ def lost_classes(
 
 class LostClasses(Part):
     "Warn of classes that are not learned; the estimate of the noise rate is not trusted then"
-    order = 7
+    order,finding = 7,False
     def before_fit(self): self.finding = self.owner.finding
 
     def after_fit(self):

@@ -137,8 +137,8 @@ def test_rows_of_data_that_are_there(tmp_path):
     assert not gpu_everyday.keys(args, cells, Cell)
     (tmp_path/'clothing').mkdir()
     keys = gpu_everyday.keys(args, cells, Cell)
-    assert len(keys) == 3*3*4 and {c.data for c,_,_ in keys} == {'clothing_photos'}
-    assert {o[1] for o in keys[:18]} == {'plain','jocor3'}
+    assert len(keys) == (3+2)*3*4 and {c.data for c,_,_ in keys} == {'clothing_photos','clothing_timm'}
+    assert {o[1] for o in keys[:30]} == {'plain','jocor3'}
 
 def test_loader(tmp_path):
     assert all(o['images_a_second'] > 0 for o in part('loader', tmp_path).values())

@@ -57,6 +57,20 @@ def test_best_peer():
     x = torch.eye(3)
     assert Peers([bad,good]).best_peer([(x, torch.arange(3))]) is good
 
+class WithStates(nn.Linear):
+    def forward(self, x): return super().forward(x),[x]
+
+@pytest.mark.parametrize('layer', (nn.Linear, WithStates))
+def test_best_peer_of_tables_and_texts(layer):
+    "Labels of shape (N, 1), as a table has them; a text classifier returns its states too"
+    good,bad,x = layer(3,3),layer(3,3),torch.eye(3).repeat(5,1)
+    with torch.no_grad():
+        good.weight.copy_(torch.eye(3))
+        bad.weight.copy_(torch.eye(3)[[0,2,1]])
+    y = torch.tensor([0,0,0,0,1,2]+[0]*9)[:,None]
+    y[6:] = torch.arange(3).repeat(3)[:,None]
+    for peers in ([bad,good],[good,bad]): assert Peers(peers).best_peer([(x, y)]) is good
+
 def test_same_weights_are_refused():
     m = jocor_mlp()
     with pytest.raises(ValueError, match='same weights'): make_peers([m, copy.deepcopy(m)])
@@ -125,13 +139,13 @@ def test_all_layers_that_fastai_has_frozen_are_drawn_anew():
 
 # --- groups
 
-def test_a_head_needs_two_groups():
+def test_a_head_of_a_model_with_one_group_is_its_last_layer():
     learn = tensors(torch.randn(40,8), torch.randint(0,3,(40,)), nn.Sequential(nn.Linear(8,6), nn.Linear(6,3)))
     learn.pretrained = True
-    with pytest.raises(ValueError, match="at least two parameter groups.*gives 1: pass the learner a splitter"):
-        learn.to_peers(2)
-    assert isinstance(learn.model, nn.Sequential)
-    assert learn.to_peers(2, init='all').model.k == 2
+    a,b = learn.to_peers(2).model.peers
+    assert torch.equal(a[0].weight, b[0].weight) and not torch.equal(a[1].weight, b[1].weight)
+    with pytest.raises(ValueError, match="init='head' needs a body and a head, and Linear has no two layers"):
+        make_peers(nn.Linear(8,3), 2, init='head')
 
 def test_groups_as_fastai_takes_them():
     model = nn.Linear(2,3)
