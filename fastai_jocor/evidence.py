@@ -14,7 +14,7 @@ from .losses import default_co_lambda
 from .ledger import NoiseEstimate
 from .interval import (chance_error, drop_limit, error_floor, guess_to_drop, sure_error, wrong_not_hard,
                                    wrong_share)
-from .untold import hidden_from, Untold
+from .untold import hidden_count, hidden_from, Untold
 from .margins import doubt_of, evenness, margin_threshold, protection
 
 # %% ../nbs/03e_evidence.ipynb #09ca68ef
@@ -32,9 +32,8 @@ class Evidence:
         share:float|None=None # Share hidden from each peer, in [0, 1/k]; `None`: 0.1, or 1/k if less
     ):
         self.n,self.k,self.n_classes,self.tau,self.without = n,k,n_classes,tau,without
-        hidden = hidden_from(n, k, seed, share)
-        self.hidden = hidden.to(device)
-        self.untold = Untold(self.hidden, int((hidden >= 0).sum()), n_classes)
+        self.hidden = hidden_from(n, k, seed, share).to(device)
+        self.untold = Untold(self.hidden, hidden_count(n, k, share), n_classes)
         self.margin = torch.full((n,), torch.nan, device=device)
         self.votes = torch.full((n,), -1, device=device) # of a single network, in the epoch before
         self.running = torch.full((3,n_classes), 1/n_classes, device=device) # mean prediction, votes, labels

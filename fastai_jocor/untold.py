@@ -19,23 +19,24 @@ def hidden_from(
     share:float|None=None # Share that is hidden from each peer, in [0, 1/k]; `None`: 0.1, or 1/k if less
 )->Tensor: # Shape (n,), int64: the peer that each item is hidden from; -1 for none
     "Draw the items that are hidden from each peer; no item is hidden from two, and with 1/k each from one"
-    order,size = np.random.default_rng(seed).permutation(n),hidden_count(n, k, share)
-    res = np.full(n, -1)
+    order,res = np.random.default_rng(seed).permutation(n),np.full(n, -1)
+    count = hidden_count(n, k, share)
+    size = count//k
     for peer in range(k): res[order[peer*size:(peer+1)*size]] = peer
-    rest = order[k*size:]
-    if size and len(rest) < k: res[rest] = np.arange(len(rest)) # as with 1/k of 100 items and k=3
+    res[order[k*size:count]] = np.arange(count-k*size) # what is left over of all items
     return torch.as_tensor(res)
 
 def hidden_count(
     n:int, # Number of training items
     k:int, # Number of peers
     share:float|None=None # As in `hidden_from`
-)->int: # In [0, n/k]
-    "Number of items that are hidden from each peer, or one less"
+)->int: # In [0, n]
+    "Number of items that are hidden from a peer: the same from each peer, or all if fewer than k would be left"
     if share is None: share = min(.1, 1/k)
     check_number('hidden', share, lambda v: 0 <= v <= 1/k+1e-9,
                  f'lie in [0, 1/{k}]: the share of items hidden from each peer; no item is hidden from two')
-    return int(share*n+1e-9)
+    count = k*int(share*n+1e-9)
+    return n if count and n-count < k else count
 
 # %% ../nbs/02c_untold.ipynb #dd31adff
 def hide(

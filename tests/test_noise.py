@@ -5,6 +5,7 @@ import matplotlib.pyplot as plt
 from hypothesis import given, strategies as st
 from scipy.stats import chisquare, norm
 from fastai_jocor.noise import *
+from fastai_jocor.noise_record import NoiseRecord, plot_noise
 from fastai_jocor.transition import item_uniform, realised_transition
 from fastai_jocor.instance import InstanceDependent, _seed
 
