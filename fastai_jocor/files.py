@@ -58,8 +58,14 @@ def write_table(
 def read_table(
     file # Path of a CSV
 )->pd.DataFrame: # All cells are text; an empty cell is `''`
-    "Read a CSV as text, and undo the escapes of `write_table`"
-    return pd.read_csv(file, dtype=str, keep_default_na=False).map(plain_cell).rename(columns=plain_cell)
+    "Read a CSV as text, and undo the escapes of `write_table`; a `ValueError` names a file that is none"
+    try: table = pd.read_csv(file, dtype=str, keep_default_na=False)
+    except UnicodeDecodeError as e:
+        raise ValueError(f"file={str(file)!r} is not UTF-8 text: save it as a CSV in UTF-8") from e
+    except pd.errors.EmptyDataError as e:
+        raise ValueError(f"file={str(file)!r} is empty: it must begin with a line of column names, in UTF-8") from e
+    except pd.errors.ParserError as e: raise ValueError(f"file={str(file)!r} is no CSV: {e}") from e
+    return table.map(plain_cell).rename(columns=plain_cell)
 
 def how_to_read(
     file # A CSV from `write_table`

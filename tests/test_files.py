@@ -45,6 +45,15 @@ def test_names_that_pandas_takes_for_missing_values(name, tmp_path):
     write_table(pd.DataFrame(dict(label=['dog','cat'], score=[.5,np.nan])), file)
     assert how_to_read(file) == ''
 
+@pytest.mark.parametrize('content,says', [
+    ('file,label\nä.png,x\n'.encode('latin-1'), 'is not UTF-8 text: save it as a CSV in UTF-8'),
+    ('file,label\n'.encode('utf-16'), 'is not UTF-8 text: save it as a CSV in UTF-8'),
+    (b'', 'is empty: it must begin with a line of column names'), (b'\n\n', 'is empty'),
+    (b'a,b\n1,2\n1,2,3\n', 'is no CSV: .*line 3')])
+def test_files_that_are_no_csv_are_named(content, says, tmp_path):
+    (tmp_path/'t.csv').write_bytes(content)
+    with pytest.raises(ValueError, match=f"t.csv' {says}"): read_table(tmp_path/'t.csv')
+
 @pytest.fixture
 def ledger():
     "A ledger of nine items as `cb.ledger` gives it, with one that was never seen"

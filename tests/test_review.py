@@ -136,12 +136,39 @@ def test_columns_for_validation_and_truth(wrong_pictures, body, tmp_path, capsys
     run_audit(source, out=str(tmp_path/'out'), valid_col='part', true_col='truth', least=0., **args)
     df,s = pd.read_csv(source).set_index('name'),read_table(tmp_path/'out'/'suspects.csv').set_index('item')
     assert s.part.eq(df.part[s.index]).all() and s.true_label.eq(df.truth[s.index]).all()
-    assert 'of the suspects have another true label' in capsys.readouterr().out
+    assert f'of {len(s)} suspects with a known true label have another one' in capsys.readouterr().out
     for name,message in (('valid_col','valid_col'), ('true_col','true_col')):
         with pytest.raises(SystemExit, match=f"{message}='nothing'"):
             run_audit(source, out=str(tmp_path/'new'), **args, **{name: 'nothing'})
     with pytest.raises(SystemExit, match='must say true or false'):
         run_audit(source, out=str(tmp_path/'new'), valid_col='cls', **args)
+
+def test_truth_that_is_known_of_some(wrong_pictures, body, tmp_path, capsys):
+    source = csv_of_some(wrong_pictures[0], tmp_path, step=3)
+    df = pd.read_csv(source, dtype=object)
+    df.loc[df.index%4 > 0, 'truth'] = ['', ' '][len(df)%2]
+    df.to_csv(source, index=False)
+    run_audit(source, path=str(wrong_pictures[0]), file_col='name', label_col='cls', weights=body, size=32,
+              true_col='truth', least=0., out=str(tmp_path/'out'))
+    items,df = read_table(tmp_path/'out'/'items.csv').set_index('item'),df.set_index('name')
+    wrong = (df.truth != df.cls).astype(str).where(df.truth.str.strip() != '', '')
+    assert items.flipped.eq(wrong[items.index]).all() and set(wrong) == {'True','False',''}
+    s = read_table(tmp_path/'out'/'suspects.csv').flipped
+    known = s[s != '']
+    said = f"{(known == 'True').mean():.0%} of {len(known)} suspects with a known true label have another one"
+    assert said in capsys.readouterr().out and len(known) < len(s)
+
+@pytest.mark.parametrize('wrong,says', [('other', "Error.* in loading state_dict"), ('list', ''), ('damaged', '')])
+@pytest.mark.parametrize('arch', ('resnet34', 'tf_efficientnet_lite0'))
+def test_weights_that_do_not_fit(arch, wrong, says, wrong_pictures, body, tmp_path):
+    file = tmp_path/'w.pth'
+    if wrong == 'other': shutil.copy(body, file)
+    elif wrong == 'list': torch.save([1, 2], file)
+    else: file.write_bytes(b'no weights')
+    with pytest.raises(SystemExit) as e:
+        run_audit(wrong_pictures[0], out=str(tmp_path/'out'), weights=str(file), arch=arch, size=32)
+    message = str(e.value)
+    assert re.search(f"weights={str(file)!r} do not fit arch='{arch}': {says}.+", message) and '\n' not in message
 
 @pytest.mark.parametrize('how', (dict(no_pretrained=True), dict(fine_tune=1)))
 def test_the_body_is_trained(how, wrong_pictures, body, tmp_path):
@@ -162,6 +189,10 @@ def test_without_weights_it_says_what_to_do(wrong_pictures, tmp_path, monkeypatc
 
 @pytest.mark.parametrize('text,message', [
     ('file,label\na.png,x\na.png,y\n', 'names 1 files more than once'),
+    ('file,label\nb.png,x\na.png,x\n./a.png,y\n', "one file in two ways, 'a.png' and './a.png'"),
+    ('file,label\na.png,x\nd/../a.png,y\n', "one file in two ways, 'a.png' and 'd/../a.png'"),
+    ('file,label\n', 'holds 0 class'),
+    ('', "labels.csv' is empty"),
     ('file,label\na.png,x\nb.png,x\n', 'holds 1 class'),
     ('file,label\na.png,x\nb.png,\nc.png,y\n', "no label to 1 of 3 files, such as 'b.png'"),
     ('file,label\na.png,x\nb.png,x \n', "spaces around them, such as 'x '"),
@@ -170,6 +201,12 @@ def test_without_weights_it_says_what_to_do(wrong_pictures, tmp_path, monkeypatc
 def test_bad_lists(tmp_path, text, message):
     with pytest.raises(SystemExit, match=message): run_audit(csv_of(tmp_path, text), out=str(tmp_path/'out'))
     assert not (tmp_path/'out').exists()
+
+def test_absolute_and_relative_names_of_a_file(tmp_path):
+    text = f'file,label\na.png,x\n{tmp_path}/pics/a.png,y\n'
+    with pytest.raises(SystemExit, match='one file in two ways'):
+        run_audit(csv_of(tmp_path, text), path=str(tmp_path/'pics'), out=str(tmp_path/'out'))
+    assert len(read_labels(tmp_path/'labels.csv')) == 2 # of another folder
 
 def test_bad_folders(tmp_path):
     with pytest.raises(SystemExit, match='does not exist'): run_audit(tmp_path/'nowhere', out=str(tmp_path/'out'))

@@ -1,10 +1,10 @@
 "The page on which suspects are decided, by keys and clicks in a browser."
-import io, json, sys, numpy as np, pandas as pd, pytest
+import io, json, shutil, subprocess, sys, numpy as np, pandas as pd, pytest
 from base64 import b64decode
 from pathlib import Path
 from PIL import Image
 from fastai_jocor.files import read_table, write_table
-from fastai_jocor.lab.page import page
+from fastai_jocor.lab.page import page, template
 from fastai_jocor.lab.review import apply_reviewed
 from fastai_jocor.lab.suspects_page import review_page, thumbnail
 
@@ -44,7 +44,7 @@ class Browser(website.Chrome):
 
     def decided(self):
         "What would be exported"
-        return [line[1:] for line in self.js('parse(csv())')[1:]]
+        return [line[-4:] for line in self.js('parse(csv())')[1:]]
 
 @pytest.fixture(scope='module')
 def browser(tmp_path_factory):
@@ -181,7 +181,8 @@ ODD = ['<b>bold</b>', 'nan', 'None', '__proto__', 'constructor', 'it\'s "quoted"
 
 @needs_browser
 def test_odd_names_stay_text(chrome, tmp_path):
-    s = table(len(ODD), item=ODD, given_label=ODD, predicted_label=ODD[1:]+ODD[:1], note=ODD, evidence=ODD, part=ODD)
+    s = table(len(ODD), item=ODD, given_label=ODD, predicted_label=ODD[1:]+ODD[:1], note=ODD, evidence=ODD, part=ODD,
+              text=ODD)
     labels = pd.DataFrame(dict(file='x.png', label=ODD))
     summary = dict.fromkeys(('title', 'date', 'command', 'version', 'warning', 'next_command'), ODD[-1])
     file = write(tmp_path, s, labels=labels, root=tmp_path, bad=ODD, note=ODD[0], summary=summary)
@@ -195,7 +196,7 @@ def test_odd_names_stay_text(chrome, tmp_path):
     (tmp_path/'r.csv').write_text(chrome.js('csv()'), encoding='utf-8', newline='')
     assert ",'=1+1," in (tmp_path/'r.csv').read_text(encoding='utf-8') # as text for a spreadsheet
     reviewed = read_table(tmp_path/'r.csv')
-    assert list(reviewed) == ['position', *COLUMNS] and reviewed['item'].tolist() == ODD
+    assert list(reviewed) == ['part', 'position', *COLUMNS] and reviewed['item'].tolist() == ODD
     assert reviewed.predicted_label.tolist() == s.predicted_label.tolist()
     assert reviewed.decision.tolist() == (['relabel', 'keep', 'drop']*5)[:len(ODD)]
     before = chrome.decided()
@@ -225,6 +226,54 @@ def test_earlier_decisions_are_loaded(chrome, tmp_path):
         load(wrong)
         assert 'cannot be loaded' in chrome.text('said') and says in chrome.text('said')
     assert len(chrome.decided()) == 1
+
+# reviewed.csv without a browser
+
+needs_node = pytest.mark.skipif(shutil.which('node') is None, reason='node is not installed')
+STUB = """const said = {}, document = {getElementById: id => id === "data" ? {textContent: DATA} : said};
+function refresh() {}
+"""
+
+def in_node(tmp_path, s, expression):
+    "What the script of a page of these suspects says"
+    data = write(tmp_path, s).read_text().partition('id="data">')[2].partition('</script>')[0]
+    script = f'const DATA = {json.dumps(data)};\n{STUB}' + template('review_state.js') + template('review_csv.js')
+    (tmp_path/'page.js').write_text(f'{script}\nconsole.log(JSON.stringify({expression}));', encoding='utf-8')
+    run = subprocess.run([shutil.which('node'), tmp_path/'page.js'], capture_output=True, text=True, check=True)
+    return json.loads(run.stdout)
+
+def loaded(tmp_path, s, *lines):
+    "Positions and decisions after a file was loaded"
+    text = json.dumps('\n'.join([*lines, '']))
+    return dict(in_node(tmp_path, s, f'(load({text}), [...decisions].map(([i, d]) => [i, d.label || d.what]))'))
+
+@needs_node
+def test_the_part_is_exported_where_there_is_one(tmp_path):
+    exported = '(decide(rows.map(r => [r, {what: "relabel", label: "x"}])), parse(csv()))'
+    s = table(2).set_axis([7, 3])
+    lines = [['7', '00000.png', 'cat', 'x', 'relabel'], ['3', '00001.png', 'dog', 'x', 'relabel']]
+    assert in_node(tmp_path, s, exported) == [['position', *COLUMNS], *lines]
+    want = [['part', 'position', *COLUMNS], ['valid', *lines[0]], ['train', *lines[1]]]
+    assert in_node(tmp_path, s.assign(part=['valid','train']), exported) == want
+
+@needs_node
+def test_items_of_one_name_are_not_merged(tmp_path):
+    s = table(4, item='5', given_label='cat', predicted_label='dog', part=['train','train','valid','valid'])
+    s = s.set_axis([1, 2, 8, 9])
+    head = 'part,position,item,given_label,predicted_label,decision'
+    lines = 'train,1,5,cat,dog,keep','train,2,5,cat,fish,relabel','valid,9,5,cat,dog,drop','valid,3,5,cat,dog,drop'
+    assert loaded(tmp_path, s, head, *lines) == {1: 'keep', 2: 'fish', 9: 'drop'}
+    old = head.removeprefix('part,'),'2,5,cat,dog,keep','8,5,cat,dog,drop'
+    assert loaded(tmp_path, s, *old) == {2: 'keep', 8: 'drop'}
+    assert loaded(tmp_path, s, ','.join(COLUMNS), '5,cat,dog,keep') == {}
+    assert loaded(tmp_path, s[1:3], head, 'valid,44,5,cat,dog,keep') == {8: 'keep'}
+    assert loaded(tmp_path, s[1:2], head, *lines[:2]) == {2: 'fish'}
+
+@needs_node
+def test_a_name_of_one_item_is_enough(tmp_path):
+    lines = '7,00001.png,dog,x,relabel','8,00000.png,dog,x,drop','9,00000.png,cat,x,keep'
+    for s in (table(2), table(2, part='train')):
+        assert loaded(tmp_path, s, 'position,' + ','.join(COLUMNS), *lines) == {0: 'keep', 1: 'x'}
 
 # what is shown
 

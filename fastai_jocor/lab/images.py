@@ -40,11 +40,17 @@ def readable(
     return good,others
 
 # %% ../../nbs/lab/04e_images.ipynb #b8eb5df0
+def _unfit(file, arch, e):
+    "The error that a file of weights could not be loaded into a network"
+    first = str(e).strip().partition('\n')[0].rstrip(': ') or type(e).__name__
+    return ValueError(f"weights={str(file)!r} do not fit arch={arch!r}: {first}")
+
 def _from_file(arch, file):
     "A function that makes a torchvision network with weights of a file"
     def make(pretrained=True, weights=None):
         model = arch(weights=None)
-        model.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
+        try: model.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
+        except Exception as e: raise _unfit(file, arch.__name__, e) from e
         return model
     make.__name__ = arch.__name__
     return make
@@ -108,6 +114,7 @@ def audit_learner(
     if pretrained and 'cut' in kwargs: dls.add_tfms([Normalize.from_stats(*imagenet_stats)], 'after_batch')
     try: return vision_learner(dls, name, pretrained=pretrained, metrics=accuracy, path=out, **kwargs)
     except Exception as e:
-        if not pretrained or weights is not None: raise
+        if not pretrained or 'cut' in kwargs: raise
+        if weights is not None: raise _unfit(weights, arch, e) from e
         raise ValueError(f"the weights of {arch} could not be loaded ({type(e).__name__}: {e}): run once online, "
                          "pass a file of them with --weights, or pass --no-pretrained to train from scratch") from e

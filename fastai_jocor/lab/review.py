@@ -33,7 +33,11 @@ def _from_csv(source, file_col, label_col):
                          f"it has {', '.join(map(repr, df))}; name them with --file-col and --label-col")
     return df[[file_col, label_col]].set_axis(['file', 'label'], axis=1)
 
-def _problems(df):
+def _root_of(source, path):
+    "Folder that the files are relative to"
+    return Path(path or (source if Path(source).is_dir() else Path(source).parent))
+
+def _problems(df, root):
     "Yield what is wrong with a list of labels"
     text = df.label.str.strip()
     blank,spaced,twice = df.file[text == ''],df.label[df.label != text],df.file[df.file.duplicated()]
@@ -43,13 +47,17 @@ def _problems(df):
         yield f"holds labels with spaces around them, such as {o!r}: remove them, or they make a new class"
     for o in twice:
         yield f"names {len(twice)} files more than once, such as {o!r}: name each file once, with one label"
+    names = groupby(df.file, lambda o: os.path.abspath(root/o))
+    for a,b,*_ in (o for o in names.values() if len(o) > 1):
+        yield f"names one file in two ways, {a!r} and {b!r}: name each file once, with one label"
     if df.label.nunique() < 2:
         yield f"holds {df.label.nunique()} class: at least two are needed to tell a wrong label"
 
 def read_labels(
     source, # Folder with a subfolder of images for each class, or a CSV
     file_col:str='file', # Column of the CSV with the files
-    label_col:str='label' # Column of the CSV with the labels
+    label_col:str='label', # Column of the CSV with the labels
+    path:str|Path|None=None # Folder that the CSV's files are relative to; `None` for the CSV's own
 )->pd.DataFrame: # With `file`, relative to the folder or as in the CSV, and `label`
     "Read a list of images and labels, or raise a `ValueError` for what is wrong with it"
     source = Path(source)
@@ -57,7 +65,7 @@ def read_labels(
     elif source.is_file(): df = _from_csv(source, file_col, label_col)
     else: raise ValueError(f"source={str(source)!r} does not exist: "
                            "it must be a folder with a subfolder of images for each class, or a CSV")
-    for problem in _problems(df): raise ValueError(f"source={str(source)!r} {problem}")
+    for problem in _problems(df, _root_of(source, path)): raise ValueError(f"source={str(source)!r} {problem}")
     return df
 
 # %% ../../nbs/lab/05_review.ipynb #1e9b6858
@@ -93,7 +101,9 @@ def _by_file(found, good, root):
     found.table['note'] = found.table.note.str.replace(before, 'almost equal to ', regex=False)
     if 'true' in good:
         truth = found.table['item'].map(good.set_index('file').true)
-        found.table = found.table.assign(true_label=truth, flipped=truth != found.table.given_label)
+        truth = truth.where(truth.str.strip() != '')
+        flipped = (truth != found.table.given_label).astype('boolean').mask(truth.isna())
+        found.table = found.table.assign(true_label=truth, flipped=flipped)
     return found
 
 # %% ../../nbs/lab/05_review.ipynb #43f05b2a
@@ -124,12 +134,10 @@ def audit(
     check_seed(seed)
     whole = dict(k=(k,2), size=(ifnone(size, 1),1), bs=(bs,1), n=(ifnone(n, 0),0), epochs=(ifnone(epochs, 1),1),
                  fine_tune=(fine_tune,0))
-    for name,(v,low) in whole.items():
-        check_whole(name, v, low)
+    for name,(v,low) in whole.items(): check_whole(name, v, low)
     check_number('least', least, lambda v: 0 <= v <= 1, 'lie in [0, 1]: a probability that a label is wrong')
-    source,out = Path(source),Path(out)
-    root = Path(path or (source if source.is_dir() else source.parent))
-    labels = read_labels(source, file_col, label_col)
+    source,out,root = Path(source),Path(out),_root_of(source, path)
+    labels = read_labels(source, file_col, label_col, root)
     labels = _with_column(labels, source, file_col, 'true', true_col)
     labels = _with_column(labels, source, file_col, 'valid', valid_col)
     if 'valid' in labels: labels['valid'] = labels.valid.map(_is_valid)
@@ -157,7 +165,8 @@ def _write(found, good, bad, root, source, out, n, least, command):
     review_page(s, out/'suspects.html', root, bad, summary=summary, labels=looked)
     print(f"{said[0].upper()}{said[1:]}.\n{len(s)} suspects: {out/'suspects.csv'}, {out/'suspects.html'}; "
           f"all items: {out/'items.csv'}")
-    if 'flipped' in s and len(s): print(f"{s.flipped.mean():.0%} of the suspects have another true label")
+    known = s.flipped.dropna() if 'flipped' in s else []
+    if len(known): print(f"{known.mean():.0%} of {len(known)} suspects with a known true label have another one")
     return s
 
 # %% ../../nbs/lab/05_review.ipynb #9f6038ce
@@ -199,7 +208,8 @@ def write_cleaned(
     copy_to:str|Path|None=None # New folder for copies of the files, with a subfolder per class; `None` copies none
 )->pd.DataFrame: # With `file` and `label`
     "Write cleaned.csv, the labels after a review, with the other columns of the CSV"
-    df,file = read_labels(source, file_col, label_col),Path(out)/'cleaned.csv'
+    root,file = _root_of(source, path),Path(out)/'cleaned.csv'
+    df = read_labels(source, file_col, label_col, root)
     if not Path(reviewed).is_file():
         raise ValueError(f"apply={str(reviewed)!r} does not exist: export reviewed.csv from suspects.html")
     if file.exists() and file.resolve() == Path(source).resolve():
@@ -210,7 +220,6 @@ def write_cleaned(
     write_table(whole, file, index=False)
     relabelled = (df.label[new.index] != new.label).sum()
     print(f"{len(df)-len(new)} dropped, {relabelled} relabelled, {len(new)} left: {file}")
-    root = Path(path or (source if Path(source).is_dir() else Path(source).parent))
     if copy_to is not None: copy_cleaned(new, root, copy_to)
     print(_how_to_train(file, root, copy_to, file_col, label_col))
     return new

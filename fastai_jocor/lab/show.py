@@ -6,16 +6,47 @@
 __all__ = ['show_review', 'cleaned_by_review']
 
 # %% ../../nbs/lab/05b_show.ipynb #b88cbc04
-import os
+import os, re
 from fastai.basics import *
+from fastai.tabular.core import Tabular
 from IPython.display import IFrame
 from ..files import read_table
 from ..state import item_names
 from ..trainer import PeersCallback
-from ..cleaning import cleaned
+from ..feature_loaders import given_labels
+from ..audit import _class_names
+from ..cleaning import _vocab_of, cleaned
 from .suspects_page import review_page
 
 # %% ../../nbs/lab/05b_show.ipynb #09a5666d
+_marks = re.compile(r'\bxx(bos|eos|pad|maj|up) *') # of fastai's tokenizer
+
+def _text_of(x, i):
+    "The text of an item; empty if it is none"
+    try: text = x.decode(x[i])
+    except Exception: return ''
+    return _marks.sub('', text) if isinstance(text, str) else ''
+
+def _in_words(ds, pos):
+    "Items that are texts or rows of a table, as text; empty for all others"
+    if isinstance(ds, Tabular):
+        rows = ds.new(ds.items.iloc[pos]).decode().items[list(ds.x_names)].to_dict('records')
+        value = lambda o: f'{o:.4g}' if isinstance(o, float) else o
+        return [', '.join(f'{name}={value(o)}' for name,o in row.items()) for row in rows]
+    items = ds.tls[0] if hasattr(ds, 'tls') else []
+    known = any(_text_of(items, i) for i in pos[:3])
+    return [_text_of(items, i) if known else '' for i in pos]
+
+def _texts(found, s):
+    "The first 300 characters of each suspect that is a text or a row of a table"
+    if isinstance(found, PeersCallback): sets,s = [found.source.ds],s.assign(part='train', position=s.index)
+    else: sets = [dl.dataset for dl in found.learn.dls.loaders]
+    texts = pd.Series('', s.index, dtype=object)
+    for part,ds in zip(('train','valid'), sets):
+        own = s.part == part
+        if own.any(): texts[own] = _in_words(ds, s.position[own].tolist())
+    return [o[:300] + '…' * (len(o) > 300) for o in texts]
+
 def show_review(
     found, # A `LabelAudit`, or a callback that has trained
     file='review.html', # Path of the page to write, below the notebook's folder
@@ -29,22 +60,49 @@ def show_review(
     p = found.p_wrong if of_fit else table.p_wrong
     labels = table[['item','given_label']].set_axis(['file','label'], axis=1)
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    review_page(s, file, labels=labels if p is None else labels.assign(p_wrong=p))
+    if p is not None: labels = labels.assign(p_wrong=p)
+    review_page(s.assign(text=_texts(found, s)), file, labels=labels.dropna(subset='label'))
     return IFrame(Path(os.path.relpath(file)).as_posix(), '100%', height)
 
 # %% ../../nbs/lab/05b_show.ipynb #ffea2eab
+def _decisions(reviewed):
+    "The decisions on training items"
+    r = read_table(reviewed)
+    for o in ('item','given_label','predicted_label','decision'):
+        if o not in r: raise ValueError(f"reviewed={str(reviewed)!r} has no column {o!r}: export it from the page")
+    return r[r.part.isin(['train',''])] if 'part' in r else r
+
+def _position_of(r, at):
+    "Position of a reviewed item; `at` has those of each name"
+    known = at[r['item']]
+    if len(known) == 1: return known[0]
+    for i in known:
+        if str(i) == r.get('position'): return i
+    raise ValueError(f"{r['item']!r} is the name of {len(known)} training items, and "
+                     f"position={r.get('position')!r} is none of theirs: "
+                     "give each item a name of its own, and review them again")
+
+def _check_label(r, label):
+    "Check that an item was reviewed with the label that it has now, or has its new label already"
+    if label == r['given_label'] or (r['decision'],label) == ('relabel',r['predicted_label']): return
+    raise ValueError(f"{r['item']!r} has the label {label!r}, but was reviewed as {r['given_label']!r}: "
+                     "are these the decisions on other data, or on an earlier state?")
+
 def cleaned_by_review(
     dls:DataLoaders, # The loaders whose training items were reviewed
-    reviewed='reviewed.csv' # File exported from the page; decisions on items that are not in `dls` are ignored
+    reviewed='reviewed.csv' # File exported from the page; decisions on items that are not in `dls.train` are ignored
 )->DataLoaders: # With the same validation set
     "`DataLoaders` with the labels that you chose, and without the items that you dropped"
-    r = read_table(reviewed)
-    missing = {'item','predicted_label','decision'} - set(r)
-    if missing:
-        raise ValueError(f"reviewed={str(reviewed)!r} has no column {sorted(missing)[0]!r}: export it from the page")
-    at = {str(name): i for i,name in enumerate(item_names(dls.train.dataset))}
+    r,vocab = _decisions(reviewed),_vocab_of(dls)
+    labels = _class_names(np.maximum(given_labels(dls.train), -1), vocab)
+    at = groupby(enumerate(item_names(dls.train.dataset)), key=lambda o: str(o[1]), val=0)
     r = r[r['item'].isin(at)]
-    r = r.drop(columns='position', errors='ignore').set_index(r['item'].map(at))
+    rows = r.to_dict('records')
+    pos = [_position_of(o, at) for o in rows]
+    for i,o in zip(pos, rows): _check_label(o, labels[i])
+    r = r.drop(columns='position', errors='ignore').set_index(pd.Index(pos, dtype=int))
+    for o in r['item'][r.index.duplicated()]:
+        raise ValueError(f"{o!r} was reviewed more than once: leave one decision for each item")
     for how in ('relabel','drop'):
         mine = r[r.decision == how]
         if len(mine): dls = cleaned(dls, mine, how)

@@ -43,7 +43,7 @@ def _thumbnails(files, root, side=96):
 
 # %% ../../nbs/lab/04d_suspects_page.ipynb #326368c9
 _needed = 'item given_label predicted_label score evidence'.split()
-_optional = 'part note true_label'.split()
+_optional = 'part note true_label text'.split()
 
 def _check_suspects(s):
     for o in _needed:
@@ -117,7 +117,7 @@ def digest(
     return hashlib.blake2b(repr(o).encode(), digest_size=16).hexdigest()
 
 def review_page(
-    suspects:pd.DataFrame, # From `suspects()`; `item` or `file` are image files; p_wrong, part, note optional
+    suspects:pd.DataFrame, # From `suspects()`; `item` or `file` are image files; p_wrong, part, note, text optional
     file, # Path of the page to write
     root='', # Folder that relative paths start from
     bad:list|tuple=(), # Files that could not be read

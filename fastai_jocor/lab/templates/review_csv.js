@@ -1,6 +1,7 @@
 // reviewed.csv out and in, with the same escapes as `write_table` and `read_table`
 
-const COLUMNS = ["position", "item", "given_label", "predicted_label", "decision"];
+const NEEDED = ["item", "given_label", "predicted_label", "decision"];
+const COLUMNS = [...(rows.some(r => r.part) ? ["part"] : []), "position", ...NEEDED];
 const FORMULA = /^[=+\-@\t\r\n']/;
 
 function cell(t) {
@@ -15,7 +16,8 @@ function csv() {
   const lines = [COLUMNS];
   for (const r of rows) {
     const d = decisionOf(r);
-    if (d) lines.push([r.position, r.item, r.given_label, d.label ?? r.predicted_label, d.what]);
+    const line = d && {...r, predicted_label: d.label ?? r.predicted_label, decision: d.what};
+    if (d) lines.push(COLUMNS.map(o => line[o]));
   }
   return lines.map(o => o.map(cell).join(",") + "\r\n").join("");
 }
@@ -42,21 +44,45 @@ function parse(text) {
   return lines.filter(o => o.length > 1);
 }
 
-// Decisions fit a suspect if its file and its given label are the same
+// Suspects, or lines of a file, by item and given label
+function alike(all) {
+  const groups = new Map();
+  for (const o of all) {
+    const name = JSON.stringify([o.item, o.given_label]);
+    if (!groups.has(name)) groups.set(name, []);
+    groups.get(name).push(o);
+  }
+  return groups;
+}
+
+const samePart = (a, b) => !a.part || !b.part || a.part === b.part;
+
+// Decisions fit a suspect if its item, its given label and its part are the same; if several are, by their positions
+function matches(lines) {
+  const suspects = alike(rows), found = [];
+  for (const [name, same] of alike(lines)) for (const o of same) {
+    const fit = (suspects.get(name) || []).filter(r => samePart(r, o));
+    const several = fit.length > 1 || same.filter(other => samePart(other, o)).length > 1;
+    const r = several ? fit.find(r => String(r.position) === o.position) : fit[0];
+    if (r) found.push([r, o]);
+  }
+  return found;
+}
+
 function load(text) {
-  const [head = [], ...lines] = parse(text), at = COLUMNS.map(o => head.indexOf(o));
-  const missing = COLUMNS.slice(1).find(o => !head.includes(o));
+  const [head = [], ...cells] = parse(text), changes = new Map();
+  const missing = NEEDED.find(o => !head.includes(o));
   if (missing) throw new Error("it has no column " + missing);
-  const suspects = new Map(rows.map(r => [JSON.stringify([r.item, r.given_label]), r])), changes = new Map();
-  for (const line of lines) {
-    const [, item, given, label, what] = at.map(i => line[i]);
-    const r = suspects.get(JSON.stringify([item, given]));
-    if (r && WHAT.includes(what)) changes.set(r, what === "relabel" ? {what, label} : {what});
+  const lines = cells.map(line => Object.fromEntries(head.map((o, i) => [o, line[i]])));
+  for (const [r, o] of matches(lines)) {
+    const what = o.decision;
+    if (WHAT.includes(what)) changes.set(r, what === "relabel" ? {what, label: o.predicted_label} : {what});
   }
   if (changes.size) decide([...changes]);
   const rest = lines.length - changes.size;
   say(plural(changes.size, "decision") + " loaded." + (rest ? " " + rest.toLocaleString("en") +
-    " fit no suspect here: another file, another given label, or no keep, relabel or drop." : ""));
+    " fit no suspect here: another item or part, another given label, a name that several items have, " +
+    "or no keep, relabel or drop." : ""));
 }
 
 async function loadFile(file) {

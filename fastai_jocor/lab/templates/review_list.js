@@ -13,7 +13,7 @@ const filters = {
   given: (r, v) => JSON.stringify(r.given_label) === v,
   noted: (r, v) => v === NOTED ? r.note : v === PLAIN ? !r.note : JSON.stringify(kindOf(r.note)) === v,
   part: (r, v) => r.part === v,
-  find: (r, v) => [r.item, r.note, r.evidence].some(o => o.toLowerCase().includes(v.toLowerCase())),
+  find: (r, v) => [r.item, r.note, r.evidence, r.text].some(o => o.toLowerCase().includes(v.toLowerCase())),
 };
 
 function show() {
@@ -92,9 +92,9 @@ function examplesOf(label, title) {
 }
 
 function face(r) {
-  const label = "Enlarge " + r.item, predicted = r.predicted_label !== r.given_label;
-  const button = el("button", {class: "picture", "data-act": "enlarge", "aria-label": label},
-    picture(r.picture, r.item));
+  const label = "Enlarge " + (r.text || r.item), predicted = r.predicted_label !== r.given_label;
+  const seen = r.text ? el("span", {class: "text"}, r.text) : picture(r.picture, r.item);
+  const button = el("button", {class: "picture", "data-act": "enlarge", "aria-label": label}, seen);
   const beside = predicted ? examplesOf(r.predicted_label, "predicted label") : [];
   return el("div", {class: "face"}, button, ...examplesOf(r.given_label, "given label"), ...beside);
 }
