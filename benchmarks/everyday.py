@@ -16,8 +16,9 @@ FOLDER, or the environment variable FASTAI_JOCOR_DATA, holds the data. Data that
 - `cifar10/{train,test}/<class>` and `clothing/{train,test}/<class>`, photographs for the slow part, and
   `CIFAR-10_human.pt`, the labels that people gave. A GPU does it in minutes: `gpu.py everyday`.
 
-The slow part also fine-tunes a pretrained EfficientNet-Lite0, and trains it whole in a plain `Learner`. timm fetches its weights, unless the
-environment variable FASTAI_JOCOR_WEIGHTS names a file of them, in timm's layout for `tf_efficientnet_lite0`.
+The slow part also fine-tunes a pretrained EfficientNet-Lite0, and trains it whole in a plain `Learner`. timm fetches
+its weights, unless the environment variable FASTAI_JOCOR_WEIGHTS names a file of them, in timm's layout for
+`tf_efficientnet_lite0`.
 
 Each row of results/everyday.csv is one run: a cell (data, noise, epochs, learning rate), a method and a seed. Rows that
 are there are not run again. The learners are ordinary fastai learners. Their labels are corrupted before they see them,

@@ -57,12 +57,6 @@ class Selection:
     losses:Tensor|None = None # Loss per item, shape (N,)
 
     @property
-    def loss_is_known(self):
-        "Whether the learner's loss and its class weights are those that were checked; a callback may change them"
-        loss,weight = self.loss_known
-        return self.checked and loss is self.loss_func and weight is class_weights(loss)
-
-    @property
     def reads_are_free(self):
         "Whether a value can be read without waiting for the device"
         return self.device.type == 'cpu'
@@ -79,6 +73,12 @@ class Selection:
         return ~self.ignored if self.bad is None else ~(self.ignored | self.bad)
 
 # %% ../nbs/04_batch.ipynb #7d1c04e2
+@patch(as_prop=True)
+def loss_is_known(self:Selection)->bool: # `False` also where a callback has changed them
+    "Whether the learner's loss and its class weights are those that were checked"
+    loss,weight = self.loss_known
+    return self.checked and loss is self.loss_func and weight is class_weights(loss)
+
 @patch
 def drop_count(self:Selection,
     n, # Number of items, at least 1; or a tensor with it, which may be 0 and is not read

@@ -153,20 +153,6 @@ class Record(Part):
         owner.learned(seen)
         owner.items.update(**{name: seen[name] for name in Sightings.dtypes if name != 'repeated'})
 
-    def _of_all_processes(self, seen):
-        seen = {name: gather_rows(o) for name,o in seen.items()}
-        return {name: o[~seen['repeated']] for name,o in seen.items()}
-
-    def _figures(self, s, seen):
-        scored,kept = ~seen['loss'].isnan().cpu(),seen['kept'].cpu().double()
-        agree = seen['agree'].cpu()[scored]
-        res = dict(R=s.R, kept=share(kept.sum(), len(kept)), agreement=share(agree.sum(), len(agree)))
-        clean = self.owner.clean_flags
-        if clean is not None and s.items is not None:
-            res['label_precision'],res['label_recall'] = precision_and_recall(kept, clean[seen['idx'].cpu()])
-        figures = {name: res.get(name, float('nan')) for name in self.owner.columns}
-        return figures | dict(non_finite=int(seen['loss'].isinf().sum()))
-
     def after_epoch(self):
         if self.figures is None or self.owner.finding: return
         self.owner.rows.append(dict(epoch=self.epoch, **self.figures))
@@ -177,6 +163,23 @@ class Record(Part):
         self.sightings = None
         mets = vars(self).pop('mets', [])
         if mets: self.learn.metrics = [m for m in self.learn.metrics if not any(m is o for o in mets)]
+
+# %% ../nbs/06_record.ipynb #44615b64
+@patch
+def _of_all_processes(self:Record, seen):
+    seen = {name: gather_rows(o) for name,o in seen.items()}
+    return {name: o[~seen['repeated']] for name,o in seen.items()}
+
+@patch
+def _figures(self:Record, s, seen):
+    scored,kept = ~seen['loss'].isnan().cpu(),seen['kept'].cpu().double()
+    agree = seen['agree'].cpu()[scored]
+    res = dict(R=s.R, kept=share(kept.sum(), len(kept)), agreement=share(agree.sum(), len(agree)))
+    clean = self.owner.clean_flags
+    if clean is not None and s.items is not None:
+        res['label_precision'],res['label_recall'] = precision_and_recall(kept, clean[seen['idx'].cpu()])
+    figures = {name: res.get(name, float('nan')) for name in self.owner.columns}
+    return figures | dict(non_finite=int(seen['loss'].isinf().sum()))
 
 # %% ../nbs/06_record.ipynb #f1b0226c
 class Estimate(Part):

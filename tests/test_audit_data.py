@@ -131,7 +131,9 @@ def test_features_of_pictures_that_are_opened_in_another_way(tmp_path):
     files = digit_files(tmp_path/'p', 120)
     x = [feature_dls(pictures_of(files, get_x=Cropped(8)), tmp_path/'f', progress=False).train.dataset.x]
     with pytest.warns(UserWarning, match='holds other features than those of these items now'):
-        x += [feature_dls(pictures_of(files, get_x=Cropped(3)), tmp_path/o, progress=False).train.dataset.x for o in 'fg']
+        for o in 'fg':
+            dls = feature_dls(pictures_of(files, get_x=Cropped(3)), tmp_path/o, progress=False)
+            x.append(dls.train.dataset.x)
     torch.testing.assert_close(x[1], x[2])
     assert not torch.allclose(x[0], x[1], atol=1e-2)
 
