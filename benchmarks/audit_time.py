@@ -11,13 +11,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 from fastcore.script import call_parse
-from fastai_jocor import features, find
+from fastai_jocor import feature_loaders, find
 from fastai_jocor.lab import review
 from fastai_jocor.lab.run import machine
 
 FILE = Path(__file__).resolve().parent/'results'/'audit_time.json'
 stages = {'find images that cannot be read': (review, 'readable'), 'make the learner': (review, 'audit_learner'),
-          'pass of the body, or its features from disk': (features, 'kept_features'),
+          'pass of the body, or its features from disk': (feature_loaders, 'kept_features'),
           'train the heads': (find, 'fit_heads'), 'nearest neighbours': (find, 'nearest_of'),
           'probabilities and notes': (find, 'LabelAudit'), 'tables and page': (review, '_write')}
 

@@ -52,7 +52,8 @@ def labels_differ(
     try: known = [int(read(int(i))) for i in idxs[:len(y)]]
     except Exception: return False # several labels an item, or none
     pairs = set(zip(known, y.tolist()))
-    return len(pairs) > len({label for label,_ in pairs})
+    labels,given = ({o[i] for o in pairs} for i in (0,1))
+    return len(pairs) > len(labels) or len(labels) > 1 == len(given)
 
 def other_labels(
     old:list, # From `some_labels`

@@ -193,16 +193,6 @@ def test_packing_leaves_what_is_not_whole(tmp_path):
     assert (tmp_path/'begun'/'config.json').exists() and (tmp_path/'torn'/'result.json').exists()
     with pytest.raises(ValueError, match='holds no finished run'): pack(tmp_path/'torn')
 
-def test_an_old_history_is_read_with_the_names_of_today(tmp_path):
-    cfg = RunConfig(epochs=1)
-    run(cfg, run_dir(tmp_path, cfg), verbose=False, extras=False)
-    file = run_dir(tmp_path, cfg)/'history.csv'
-    pd.read_csv(file).rename(columns=dict(R='forget_rate')).to_csv(file, index=False)
-    for _ in range(2):
-        h = read_runs(tmp_path)[run_dir(tmp_path, cfg).name][1]
-        assert 'R' in h and 'forget_rate' not in h
-        pack(tmp_path)
-
 def test_committed_results_still_count(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     labels = np.repeat(range(10), 5000)
