@@ -16,12 +16,11 @@ from .order import same_random_states
 from .per_sample import ignored_label
 from .state import class_names_of, item_names
 from .callback import JoCorCallback
-from .features import body_of
 from .feature_loaders import FeatureItems, given_labels
 from .neighbours import far_out, near_duplicates, nearest
 from .certainty import in_words, summary_of
 from .audit import show_item, _class_names
-from .judge import by_heart, fine_tuned, fit_heads, Judgement, peer_log_probs
+from .judge import by_heart, fine_tuned, fit_heads, has_features, Judgement, peer_log_probs
 
 # %% ../nbs/16b_find.ipynb #a2088960
 def nearest_of(
@@ -205,7 +204,7 @@ def audit_labels(
 )->LabelAudit: # Suspects, how many labels are wrong, duplicates and outliers
     "Find the labels of a learner's items that are probably wrong"
     check_whole('fine_tune', fine_tune, 0, ': epochs')
-    if fine_tune and not (features and body_of(learn.model) is not None):
+    if fine_tune and not (features and has_features(learn)):
         raise ValueError(f"fine_tune={fine_tune} needs features of a body: else the whole model is trained anyway")
     with same_random_states(learn.dls.train):
         heads,cb = fit_heads(learn, k, epochs, lr, folder, features, seed, progress, **kwargs)

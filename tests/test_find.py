@@ -1,15 +1,17 @@
 "Labels judged by networks that were not told them: features, probabilities, the audit as a whole."
-import json, re, shutil, sys, numpy as np, pytest, torch
+import json, re, shutil, sys, numpy as np, pytest, torch, torchvision
 from hypothesis import given, settings, strategies as st
 from pathlib import Path
 from types import SimpleNamespace
 from fastai.tabular.all import Normalize, TabularPandas, tabular_learner
 from fastai.vision.all import Brightness, CategoryBlock, DataBlock, Flip, get_image_files, ImageBlock, parent_label
-from fastai.vision.all import PILImage, RandomSplitter, Resize, resnet18, set_seed, vision_learner
-from fastai_jocor.all import audit_labels, cleaned, feature_dls, JoCorCallback, NoisyCategoryBlock, Peers, Symmetric
+from fastai.vision.all import accuracy, Learner, PILImage, ProgressCallback, RandomSplitter, Recorder, Resize
+from fastai.vision.all import resnet18, set_seed, vision_learner
+from fastai_jocor.all import audit_labels, cleaned, feature_dls, feature_learner, JoCorCallback, NoisyCategoryBlock
+from fastai_jocor.all import Peers, Symmetric
 from fastai_jocor.features import body_of, feature_folder, in_order, kept_features
-from fastai_jocor.feature_loaders import given_labels
-from fastai_jocor.judge import Judgement
+from fastai_jocor.feature_loaders import FeatureItems, given_labels
+from fastai_jocor.judge import has_features, Judgement
 from fastai_jocor.posterior import calibration_error, shifted, transition_by_em
 from pictures import digit_files
 
@@ -299,3 +301,51 @@ def test_the_lines_for_cleanlab(audited):
     found = audit.table.iloc[names['issues']]
     of_train = found[found.part == 'train']
     assert of_train.flipped.mean() > .7 and len(of_train) > .7*audit.table.flipped.eq(True).sum()
+
+# --- a pretrained network in a plain learner
+
+def plain_learner(folder, noise=None):
+    "A network of torchvision whose normalisation layers look pretrained"
+    dls = picture_learner(folder, noise).dls
+    net = torchvision.models.resnet18(num_classes=3)
+    for m in net.modules():
+        if isinstance(m, torch.nn.BatchNorm2d): torch.nn.init.uniform_(m.weight, .8, 1.2)
+    return Learner(dls, net, metrics=accuracy, path=folder)
+
+def test_a_pretrained_network_in_a_plain_learner_is_audited_on_its_features(tmp_path):
+    learn = plain_learner(digit_files(tmp_path, 500), Symmetric(.25))
+    before = {n: o.clone() for n,o in learn.model.state_dict().items()}
+    audit = audit_labels(learn, progress=False)
+    assert isinstance(audit.heads.dls.train.dataset, FeatureItems) and audit.learned and not audit.by_heart
+    wrong = audit.table[audit.table.part == 'train'].flipped.astype(bool)
+    p = audit.table.p_wrong[wrong.index]
+    assert p[wrong].mean() > p[~wrong].mean()+.3
+    assert all(torch.equal(o, before[n]) for n,o in learn.model.state_dict().items())
+
+def test_heads_go_back_on_a_pretrained_network(few):
+    learn = plain_learner(few)
+    heads = feature_learner(learn, feature_dls(learn, progress=False))
+    for o in (learn, heads): o.remove_cbs([ProgressCallback, Recorder])
+    heads.fit_one_cycle(2, 3e-3, cbs=JoCorCallback(k=3))
+    learn.take_heads(heads)
+    assert isinstance(learn.model, Peers) and isinstance(learn.model.peer(0), torchvision.models.ResNet)
+    torch.testing.assert_close(learn.get_preds()[0], heads.get_preds()[0], atol=1e-2, rtol=0)
+
+def test_a_network_that_a_learner_has_trained_is_no_body(few):
+    learn = plain_learner(few)
+    assert has_features(learn)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert not has_features(learn)
+
+class HeadFirst(torch.nn.Module):
+    "A network that defines its head before its body, which ends in a linear layer, too"
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(7, 3)
+        self.body = torchvision.models.resnet18(num_classes=7)
+        torch.nn.init.uniform_(self.body.bn1.weight)
+    def forward(self, x): return self.head(self.body(x))
+
+def test_a_last_linear_layer_that_does_not_give_the_logits_is_found_out(few):
+    dls = picture_learner(few).dls
+    assert body_of(HeadFirst()) is not None and not has_features(Learner(dls, HeadFirst()))
