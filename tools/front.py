@@ -21,8 +21,8 @@ PICTURE,PHOTOGRAPHS = IMAGES/'everyday.png',IMAGES/'suspects.jpg'
 # What the home page shows: a name, data/noise/epochs in everyday.csv
 CELLS = {'Photographs of clothes, 30% wrong': 'clothing/symmetric 30/15',
          'Photographs of clothes, right labels': 'clothing/clean/15',
-         'CIFAR-10, labels that people gave, 40% wrong': 'features5k/worse/30',
-         'CIFAR-10, right labels': 'features5k/clean/30',
+         'CIFAR-10, 5,000 images, labels by people, 40% wrong': 'features5k/worse/30',
+         'CIFAR-10, 5,000 images, right labels': 'features5k/clean/30',
          'Questions (TREC), 30% wrong': 'trec/symmetric 30/10',
          'Questions (TREC), right labels': 'trec/clean/10',
          'A table (Adult), 30% wrong': 'adult/symmetric 30/5',
