@@ -70,9 +70,9 @@ def _projected(projection, x):
     return torch.cat([projection(tensor(np.asarray(o)).float()) for o in np.array_split(x, max(1, len(x)//5000))])
 
 def feature_dls(
-    learn:Learner, # From `vision_learner` or `text_classifier_learner`; left unchanged
+    learn:Learner, # With a known body (`body_of`), such as from `vision_learner`; left unchanged
     folder:str|Path|None=None, # Folder for files of features; `None`: `feature_folder()`
-    bs:int|None=None, # Items per batch in training; `None`: 64, or 128 from 5,000 items on
+    bs:int|None=None, # Items per batch in training; `None`: 16 below 300 items, 64 below 5,000, else 128
     body_bs:int=64, # Items per batch through the body
     n_components:int|None=None, # Most principal components; `None`: one per ten items, 16 to 256
     seed:int=0, # Seed of the components, and of the order of batches
@@ -82,12 +82,12 @@ def feature_dls(
     dls,body = learn.dls,body_of(learn.model)
     if body is None:
         raise ValueError(f"learn has a {type(learn.model).__name__}, whose body is not known: "
-                         "pass one from vision_learner or text_classifier_learner")
+                         "pass one from vision_learner or text_classifier_learner, or a pretrained network for pictures")
     vocab = _vocab_of(dls)
     folder = writable_folder() if folder is None else folder
     body.to(dls.device or default_device())
     xs = [kept_features(body, dl, folder, body_bs, progress) for dl in dls.loaders]
-    bs = bs or (64 if len(xs[0]) < 5000 else 128)
+    bs = bs or _batch_size(len(xs[0]))
     projection = Projection(xs[0], n_components, seed)
     new = [_feature_dl(_projected(projection, x), dl, vocab, bs, dl is dls.train) for x,dl in zip(xs, dls.loaders)]
     new[0].rng.seed(seed)
@@ -97,7 +97,11 @@ def feature_dls(
 def _feature_dl(x, dl, vocab, bs, train):
     ds = FeatureItems(x, given_labels(dl), item_names(dl.dataset), vocab)
     if not train: return FeatureDL(ds, bs=1000)
-    return FeatureDL(ds, bs=min(bs, len(ds)), shuffle=True, drop_last=len(ds) > bs)
+    left = len(ds) % bs
+    few = len(ds) < 300 and left != 1 # one item is too few for batch normalisation
+    return FeatureDL(ds, bs=min(bs, len(ds)), shuffle=True, drop_last=len(ds) > bs and not few)
+
+def _batch_size(n): return 16 if n < 300 else 64 if n < 5000 else 128
 
 def _like(dls, loaders, projection):
     res = DataLoaders(*loaders, path=dls.path, device=dls.device)

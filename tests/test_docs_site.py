@@ -203,7 +203,6 @@ def test_pages_show_the_results_that_are_there():
     assert_shown(f'{rows:,} runs', 'tutorials/three_or_two.ipynb')
     grid = RESULTS/'mnist_lambda_tau'
     assert_shown(f'{len(read_results(grid))} runs on MNIST', 'tutorials/choosing.ipynb')
-    assert_shown(f'Of the {len(df)} runs in that folder', 'design.ipynb')
 
 def test_pages_that_others_start_from():
     nb = json.loads((ROOT/'tools'/'template.ipynb').read_text(encoding='utf-8'))

@@ -349,3 +349,9 @@ class HeadFirst(torch.nn.Module):
 def test_a_last_linear_layer_that_does_not_give_the_logits_is_found_out(few):
     dls = picture_learner(few).dls
     assert body_of(HeadFirst()) is not None and not has_features(Learner(dls, HeadFirst()))
+
+def test_few_items_are_trained_on_in_small_batches_and_all_of_them(few):
+    dls = feature_dls(picture_learner(few), progress=False)
+    n = len(dls.train.dataset)
+    assert n < 300 and dls.train.bs == 16
+    assert sum(len(y) for _,y in dls.train) == (n if n%16 != 1 else n-1)
