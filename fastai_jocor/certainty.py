@@ -10,7 +10,7 @@ import numpy as np
 from scipy.stats import rankdata
 from sklearn.isotonic import IsotonicRegression
 from .ledger import Ledger, NoiseEstimate
-from .interval import beats_constant
+from .interval import beats_chance, kappa
 from .evidence import Evidence
 from .posterior import LabelPosterior, shifted
 
@@ -38,8 +38,8 @@ def in_words(
     trusted:bool # Whether the networks know enough to be sure
 )->str: # One line
     "A sentence: how many labels are wrong, and how sure that is"
-    if not learned: return ('the networks agree with the labels no more often than a constant answer '
-                            'would, so nothing can be said about these labels')
+    if not learned: return ('the networks agree with the labels no more often than by chance, so '
+                            'nothing can be said about these labels')
     about,low,high = (f'{expected[o]:.0f}' for o in ('expected','low','high'))
     text = f"about {about} of {expected['n']} labels are wrong, between {low} and {high}"
     return text if trusted else f'{text}; the networks do not know enough to be sure'
@@ -72,7 +72,8 @@ class Certainty:
         at,log_p = at[scored],log_p[scored]
         self.estimate,self.alike = estimate,evidence.latest['alike']
         self.n = int((~np.isnan(score)).sum())
-        self.learned = beats_constant(log_p.argmax(-1) == given[at], given[at])
+        votes = log_p.argmax(-1)
+        self.learned,self.kappa = beats_chance(votes, given[at]),kappa(votes, given[at])
         self.p_wrong = np.full(len(score), np.nan)
         if self.learned: self._judge(at, log_p, given[at], score, evidence.hidden.cpu().numpy() >= 0)
 
@@ -86,7 +87,7 @@ class Certainty:
     @property
     def trusted(self): # `False`: the numbers are a guess
         "Whether the peers know enough to tell how many labels are wrong"
-        return bool(self.learned and self.alike >= .5 and self.estimate.trusted)
+        return bool(self.learned and self.alike >= .5 and self.kappa >= .15 and self.estimate.trusted)
 
     @property
     def expected(self): # `expected` is NaN if nothing was learned

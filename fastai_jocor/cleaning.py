@@ -19,13 +19,14 @@ from .audit import suspect_scores
 # %% ../nbs/15_cleaning.ipynb #c1ea0010
 def cleaned(
     dls:DataLoaders, # In memory, from a `DataBlock`, or of a `TabularPandas`; one label per item
-    suspects:pd.DataFrame, # From `cb.suspects()`: all rows, or those that you agree with
+    suspects:pd.DataFrame, # From `suspects()`: all rows, or those that you agree with; only training items count
     how:str='drop' # `drop` them, or `relabel` them with their predicted labels
 )->DataLoaders: # With the same validation set; `noise` is the record of the remaining items
     "`DataLoaders` without the suspects, or with their predicted labels"
     train,ds = dls.train,dls.train.dataset
     vocab = _vocab_of(dls)
     if how not in ('drop', 'relabel'): raise ValueError(f"how={how!r} must be 'drop' or 'relabel'")
+    suspects = _of_training(suspects)
     pos = _positions(suspects, ds)
     labels = given_labels(train)
     left = np.arange(len(ds))
@@ -40,7 +41,17 @@ def _vocab_of(dls):
     ds,vocab = dls.train.dataset,class_names_of(dls)
     targets = ds.y_names if isinstance(ds, Tabular) else getattr(ds, 'tls', [])[1:]
     if vocab is not None and len(targets) == 1: return vocab
-    raise ValueError(f"dls hold a {type(ds).__name__}: they must yield pairs of an input and one class")
+    raise ValueError(f"dls hold a {type(ds).__name__}: they must come from a DataBlock or a TabularPandas, or be in "
+                     "memory (InMemoryDataLoaders), with names of the classes and one label per item")
+
+def _of_training(suspects):
+    "Rows of training items; an audit also lists validation items"
+    if 'part' not in suspects: return suspects
+    of_train = suspects[suspects.part == 'train']
+    if left := len(suspects)-len(of_train):
+        warnings.warn(f"{left} of the {len(suspects)} suspects are not in the training set, and nothing is done about "
+                      "them: the validation set stays as it is")
+    return of_train
 
 def _positions(suspects, ds):
     "Positions of the suspects in the training set; a `ValueError` if they are of another one"

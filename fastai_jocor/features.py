@@ -101,7 +101,12 @@ def _files_of(ds, item):
 
 def _item_key(ds, item):
     found = [(str(file), os.stat(file)) for file in _files_of(ds, item)]
-    return [(name, o.st_size, o.st_mtime_ns) for name,o in found] or joblib.hash(item)
+    return [(name, o.st_size, o.st_mtime_ns) for name,o in found]
+
+def _input_key(ds, i):
+    "A hash of an input that is no file, such as a row of an array that `get_x` reads"
+    x = ds.tls[0][i]
+    return joblib.hash(x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x))
 
 def feature_key(
     body:nn.Module, # From `body_of`
@@ -117,7 +122,7 @@ def feature_key(
     h.update(repr((body, dl.after_item, dl.before_batch, dl.after_batch)).encode())
     own = items.items
     rows = (own.iloc[i] for i in range(len(own))) if hasattr(own, 'iloc') else own
-    for item in rows: h.update(repr(_item_key(ds, item)).encode())
+    for i,item in enumerate(rows): h.update(repr(_item_key(ds, item) or _input_key(ds, i)).encode())
     return h.hexdigest()
 
 def feature_folder()->Path: # `fastai_jocor/features` in `XDG_CACHE_HOME`, or in `~/.cache`

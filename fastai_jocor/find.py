@@ -20,7 +20,7 @@ from .feature_loaders import FeatureItems, given_labels
 from .neighbours import far_out, near_duplicates, nearest
 from .certainty import in_words, summary_of
 from .audit import show_item, _class_names
-from .judge import by_heart, fine_tuned, fit_heads, has_features, Judgement, peer_log_probs
+from .judge import by_heart, fine_tuned, fit_heads, has_features, Judgement, labels_follow, peer_log_probs
 
 # %% ../nbs/16b_find.ipynb #a2088960
 def nearest_of(
@@ -52,6 +52,7 @@ def _warn_of_nan(judged, names):
 class LabelAudit(_Patched):
     "The result of `audit_labels`: `table` says of each item how probably its label is wrong"
     by_heart = False # Whether the body has probably learned the labels by heart, wrong ones included
+    follow = True # Whether labels have anything to do with features, as far as that was in doubt
     def __init__(self,
         learn:Learner, # The learner whose labels are audited
         heads:Learner, # From `fit_heads` or `fine_tuned`
@@ -96,19 +97,24 @@ class LabelAudit(_Patched):
 # %% ../nbs/16b_find.ipynb #a77e0068
 @patch(as_prop=True)
 def learned(self:LabelAudit)->bool: # `False`: a list of suspects would mean nothing
-    "Whether votes agree with labels more often than a constant answer would"
-    return bool(self.judged['train'].learned)
+    "Whether votes agree with labels more often than by chance"
+    return bool(self.judged['train'].learned and self.follow)
 
 @patch(as_prop=True)
 def trusted(self:LabelAudit)->bool: # `False`: the numbers are a guess
     "Whether the networks know enough to tell how many labels are wrong"
-    return self.judged['train'].trusted and not self.by_heart
+    return self.judged['train'].trusted and self.cb.estimate.trusted and not self.by_heart
 
 _by_heart = ('the body has probably learned these labels by heart, wrong ones included, so the heads find few of them: '
              'audit before training, or pass features=False')
 
 def _check_part(part):
     if part not in (None,'train','valid'): raise ValueError(f"part={part!r} must be 'train', 'valid' or None for both")
+
+def _follow(heads, j):
+    "Whether labels follow features; looked at where peers hardly agree with labels that were hidden from them"
+    if not j.learned or j.kappa > .3: return True
+    return labels_follow(heads.dls.train.dataset.x[j.known].cpu().numpy(), j.given[j.known])
 
 @patch
 def expected_wrong(self:LabelAudit,
@@ -212,6 +218,8 @@ def audit_labels(
         known = nearest_of(heads.dls) if neighbours and on_features else None
         if fine_tune: heads,cb = fine_tuned(learn, heads, cb, fine_tune, progress=progress)
         audit = LabelAudit(learn, heads, cb, known)
-        if on_features: audit.by_heart = by_heart(learn, *audit.judged.values())
+        if on_features:
+            audit.by_heart = by_heart(learn, *audit.judged.values())
+            audit.follow = _follow(heads, audit.judged['train'])
     if audit.learned and audit.by_heart: warnings.warn(_by_heart)
     return audit

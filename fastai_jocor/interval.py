@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sure_error', 'error_floor', 'wrong_not_hard', 'chance_error', 'wrong_share', 'drop_limit', 'guess_to_drop',
-           'beats_constant']
+           'chance_agreement', 'kappa', 'beats_chance']
 
 # %% ../nbs/02b_interval.ipynb #39ed5386
 import math, numpy as np
@@ -91,11 +91,27 @@ def guess_to_drop(
     return rate-few*(rate-low)
 
 # %% ../nbs/02b_interval.ipynb #a21e53f7
-def beats_constant(
-    right:np.ndarray, # Whether each vote is the given label, shape (m,), bool
+def chance_agreement(
+    votes:np.ndarray, # Predicted labels, shape (m,), class indices, at least one
+    given:np.ndarray # Given labels, shape (m,), class indices
+)->float: # In [0, 1]
+    "How often votes would agree with labels if they had nothing to do with each other"
+    n = max(votes.max(), given.max())+1
+    return float((np.bincount(votes, minlength=n)*np.bincount(given, minlength=n)).sum()/len(given)**2)
+
+def kappa(
+    votes:np.ndarray, # Predicted labels, shape (m,), class indices
+    given:np.ndarray # Given labels, shape (m,), class indices
+)->float: # At most 1; 0 by chance, and where chance would always agree, or there are no labels
+    "How far votes agree with labels beyond chance (Cohen 1960)"
+    chance = chance_agreement(votes, given) if len(given) else 1.
+    return float(((votes == given).mean()-chance)/(1-chance)) if chance < 1 else 0.
+
+def beats_chance(
+    votes:np.ndarray, # Predicted labels, shape (m,), class indices
     given:np.ndarray # Given labels, shape (m,), class indices
 )->bool: # `False` if there are no labels
-    "Whether votes agree with labels more often than a constant answer would, by two standard errors"
+    "Whether votes agree with labels more often than chance would, by two standard errors"
     if not len(given): return False
-    share = np.bincount(given).max()/len(given)
-    return bool(right.mean() > share+2*(share*(1-share)/len(given))**.5)
+    chance = chance_agreement(votes, given)
+    return bool((votes == given).mean() > chance+2*(chance*(1-chance)/len(given))**.5)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['has_features', 'default_epochs', 'default_batch', 'NoValidation', 'fit_heads', 'KeepAverages', 'fine_tuned',
-           'peer_log_probs', 'Judgement', 'by_heart']
+           'peer_log_probs', 'Judgement', 'labels_follow', 'by_heart']
 
 # %% ../nbs/16_judge.ipynb #29d947f4
 import numpy as np
@@ -12,7 +12,9 @@ from contextlib import nullcontext
 from scipy.special import logsumexp
 from fastai.basics import *
 from .arguments import check_k, check_number, check_whole
-from .interval import beats_constant, sure_error, wrong_share
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_predict, KFold
+from .interval import beats_chance, kappa, sure_error, wrong_share
 from .per_sample import first_output, is_multi_label, plain
 from .copies import copied, reset_weights
 from .peers import Peers
@@ -92,6 +94,7 @@ def fit_heads(
     bs,usual = default_batch(len(learn.dls.train.dataset)) if features else (None,3e-3)
     dls = feature_dls(learn, folder, bs, seed=seed, progress=progress) if features else learn.dls
     set_seed(seed)
+    if hasattr(dls.train, 'rng'): dls.train.rng.seed(seed)
     heads = feature_learner(learn, dls, metrics=[]) if features else _whole_model(learn)
     cb = JoCorCallback(k=k, hidden=1/k, seed=seed, rule='evidence', **kwargs)
     epochs = epochs or default_epochs(len(dls.train.dataset))
@@ -155,15 +158,16 @@ class Judgement:
     def _count(self, said, hidden):
         "The interval of the noise rate, and whether anything was learned"
         given,untold,right = self.given[self.known],self.untold[self.known],self.right[self.known]
-        self.learned,self.alike,(self.guess,self.low,self.high) = False,0.,(0.,0.,1.)
+        self.learned,self.kappa,self.alike = False,0.,0.
+        self.guess,self.low,self.high = 0.,0.,1.
         if len(given):
             vote,twins = untold.argmax(-1),said.argmax(-1)
             told = np.arange(len(said))[:,None] != hidden
             self.alike = float((twins == vote)[told].mean())
             sure = sure_error(vote, np.exp(untold.max(-1)), given)
             self.guess,self.low,self.high = wrong_share(right.mean(), sure, len(vote), self.alike)
-            self.learned = beats_constant(right, given)
-        self.trusted = bool(self.learned and self.alike >= .5 and self.high-self.low < .5)
+            self.learned,self.kappa = beats_chance(vote, given),kappa(vote, given)
+        self.trusted = bool(self.learned and self.kappa >= .15 and self.alike >= .5 and self.high-self.low < .5)
 
     def _judge(self, posterior):
         "Probabilities of the classes; `p_wrong` is NaN for an item without a label"
@@ -188,6 +192,18 @@ class Judgement:
         return p.argmax(-1)
 
 # %% ../nbs/16_judge.ipynb #5d1f93be
+def labels_follow(
+    x:np.ndarray, # Features, shape (n, features)
+    given:np.ndarray, # Given labels, shape (n,), class indices
+    n:int=3000 # Most items to look at
+)->bool: # `False` also for fewer than six items
+    "Whether labels have to do with features: does a linear classifier, cross-validated, predict them beyond chance?"
+    some = np.random.default_rng(0).permutation(len(given))[:n]
+    if len(some) < 6 or len(np.unique(given[some])) < 2: return False
+    linear = LogisticRegression(C=.1, class_weight='balanced', max_iter=300)
+    fold = KFold(3, shuffle=True, random_state=0)
+    return beats_chance(cross_val_predict(linear, x[some], given[some], cv=fold), given[some])
+
 def _clearly_more(a, b, by):
     "Whether one share is larger than another, by so much and by three standard errors"
     if not len(a) or not len(b): return False

@@ -21,7 +21,7 @@ from .order import same_random_states
 from .batch import Selection, try_batch
 from .events import Part
 from .state import class_names_of, FitState, ItemSource
-from .identity import labels_differ
+from .identity import labels_differ, labels_outside
 from .per_sample import cross_entropy_of, ignored_label
 
 # %% ../nbs/07b_start.ipynb #6004f190
@@ -48,6 +48,7 @@ def look_at_data(
     refuse_missing_labels(learn)
     with loaders_talk_over_the_cpu() if s.world > 1 else nullcontext(): idxs,targs = try_batch(learn, s)
     train = learn.dls.train
+    if s.tells and s.checked and not s.multi_label: _refuse_outside(train.dataset, s, idxs, targs[0])
     if s.tells and len(targs) == 1 and labels_differ(train.dataset, idxs, targs[0]):
         s.tells = False
         warnings.warn("the training loader yields other items than its `get_idxs` says, as their labels show, so "
@@ -70,6 +71,15 @@ def refuse_missing_labels(
     n = int((labels == -1).sum()) if labels.dtype.kind in 'iu' else 0
     if n: raise ValueError(f"{n} of the {len(ds)} training labels in column {name!r} are missing (code -1): "
                            f"leave these rows out, for example by df.dropna(subset=[{name!r}])")
+
+def _refuse_outside(ds, s, idxs, y):
+    "Raise a `ValueError` if labels of any item are no class"
+    found = labels_outside(ds, s.n_classes, s.no_label, idxs, y)
+    if not found: return
+    i,label = next(iter(found.items()))
+    raise ValueError(f"{len(found)} of the {len(ds)} training labels lie outside [0, {s.n_classes}), such as {label} at "
+                     f"position {i}: the model gives {s.n_classes} classes; leave such items out, or code them as "
+                     "-100, which cross-entropy ignores")
 
 def _left_out(dl):
     "Warnings about a loader that leaves out items because they do not fill a batch"

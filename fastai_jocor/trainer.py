@@ -14,10 +14,11 @@ from fastai.callback.training import GradientAccumulation
 from .arguments import check_choice, check_k, check_number, check_seed, check_tau, refuse_unknown
 from .selection import forget_schedule, keep_count, select_small, small_loss_mask
 from .peers import Peers
+from .learner import has_trained
 from .processes import own_part, union
 from .batch import check_batch, is_fitting, is_validating, Selection
 from .step import BatchItems, NonFinite, SmallLoss
-from .events import LeaveNothing, QuickEvents
+from .events import ClipEach, LeaveNothing, QuickEvents
 from .record import Estimate, LostClasses, Record
 from .graphs import Graphs
 from .state import FitState, ForgetRate
@@ -84,7 +85,7 @@ class PeersCallback(FitState, Callback):
 @patch
 def _make_parts(self:PeersCallback, graphs):
     self.small_loss,self.record,self.lost = SmallLoss(self),Record(self),LostClasses(self)
-    self.parts = [QuickEvents(self), LeaveNothing(self), MakePeers(self), ForgetRate(self), BatchItems(self),
+    self.parts = [QuickEvents(self), LeaveNothing(self), ClipEach(self), MakePeers(self), ForgetRate(self), BatchItems(self),
                   NonFinite(self), self.small_loss, self.record, Estimate(self), self.lost, UndoPeers(self)]
     if graphs: self.parts.append(Graphs(self))
 
@@ -118,6 +119,9 @@ def _start_over_where_needed(self:PeersCallback, old):
         return
     if self.restart: self.estimate = None
     elif self.done and not isinstance(self.model, Peers): self._start_over('another model')
+    elif not self.done and isinstance(get_model(self.model), Peers) and has_trained(self.learn):
+        warnings.warn(f"the learner's peers were trained before, and this {type(self).__name__} knows nothing of that: "
+                      "it learns anew which labels are wrong; pass the same callback to each fit")
     elif other: self._start_over(f'on other {other}')
 
 @patch

@@ -51,9 +51,9 @@ def test_the_list_is_cut_at_one_half(trained):
 def test_a_fit_that_learned_nothing_lists_nothing():
     learn,cb = digits(epochs=0, k=3)
     assert not cb.certainty.learned and np.isnan(cb.p_wrong).all()
-    with pytest.warns(UserWarning, match='no more often than a constant answer'): assert cb.plot_suspects() is None
+    with pytest.warns(UserWarning, match='no more often than by chance'): assert cb.plot_suspects() is None
     with pytest.warns(UserWarning, match='nothing can be said'): s = cb.suspects()
-    assert len(s) == 0 and 'p_wrong' in s and 'constant answer' in s.attrs['summary']['warning']
+    assert len(s) == 0 and 'p_wrong' in s and 'by chance' in s.attrs['summary']['warning']
     with pytest.warns(UserWarning, match='nothing can be said'): s = cb.suspects(anyway=True)
     assert len(s) and s.p_wrong.isna().all()
     e = cb.expected_wrong()

@@ -1,8 +1,10 @@
 "What practitioners do around a fit: stop early, switch the loss, merge labels, start from a pretrained model."
-import copy, numpy as np, pytest, torch
+import copy, warnings, numpy as np, pandas as pd, pytest, torch
+from fastai.tabular.all import TabularDataLoaders, tabular_learner
 from fastai.vision.all import (Callback, CancelFitException, CrossEntropyLossFlat, DataLoader, DataLoaders,
     ItemTransform, Learner, TfmdDL, nn, set_seed)
 from sklearn.datasets import load_digits
+from torch.utils.data import TensorDataset
 from fastai_jocor.all import JoCorCallback, jocor_mlp, Symmetric
 from fastai_jocor.copies import has_learned
 from fastai_jocor.state import item_names
@@ -156,3 +158,36 @@ def test_an_estimate_of_peers_that_know_nothing():
     learn.fit(2, 1e-3, cbs=cb)
     assert (cb.estimate.low, cb.estimate.high) == (0,1)
     assert str(cb.estimate).startswith('between 0% and 100%') and 'τ from 0.00 to 1.00' in repr(cb)
+
+# --- callbacks and labels
+
+def test_a_new_callback_on_trained_peers_is_said_to_know_nothing():
+    learn,cb = digits(),JoCorCallback(k=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        for _ in range(2): learn.fit(2, 1e-2, cbs=cb)
+    with pytest.warns(UserWarning, match='peers were trained before, and this JoCorCallback knows nothing of that'):
+        learn.fit(1, 1e-2, cbs=JoCorCallback(k=2))
+
+@pytest.mark.parametrize('make', [lambda x, y: TensorDataset(x, y), lambda x, y: list(zip(x, y))])
+@pytest.mark.parametrize('label, message', [(10, 'such as 10 at position 599'), (-1, 'code them as -100')])
+def test_a_label_that_is_no_class_is_found_before_training(make, label, message):
+    x,y = torch.randn(600, 64),torch.arange(600) % 10
+    y[599] = label
+    dl = DataLoader(make(x, y), bs=20)
+    learn = quiet(Learner(DataLoaders(dl, dl), jocor_mlp(10, 64), loss_func=CrossEntropyLossFlat()))
+    model = learn.model
+    with pytest.raises(ValueError, match=rf'1 of the 600 training labels lie outside \[0, 10\).*{message}'):
+        learn.fit(1, 1e-3, cbs=JoCorCallback(k=2))
+    assert learn.model is model
+
+def test_labels_that_cross_entropy_ignores_are_no_error():
+    x,y = torch.randn(100, 64),torch.arange(100) % 10
+    y[70:] = -100
+    dl = DataLoader(TensorDataset(x, y), bs=20)
+    quiet(Learner(DataLoaders(dl, dl), jocor_mlp(10, 64), loss_func=CrossEntropyLossFlat())).fit(1, cbs=JoCorCallback(k=2))
+
+def test_a_table_whose_classes_fastai_took_for_numbers():
+    df = pd.DataFrame(dict(x=np.random.default_rng(0).normal(size=200), y=np.arange(200) % 2))
+    learn = quiet(tabular_learner(TabularDataLoaders.from_df(df, y_names='y', cont_names=['x'], bs=32), layers=[8]))
+    with pytest.raises(ValueError, match='y_block=CategoryBlock'): learn.fit(1, cbs=JoCorCallback(k=2))
