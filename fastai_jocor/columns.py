@@ -10,7 +10,7 @@ import numpy as np, pandas as pd
 from fastai.basics import *
 from .arguments import did_you_mean
 from .transition import index_key, realised_transition, _names, _n_classes
-from .noise import LabelNoise
+from .noise import LabelNoise, _places, _plain
 
 # %% ../nbs/11b_columns.ipynb #76f6141e
 class ColumnLabels(LabelNoise):
@@ -37,7 +37,8 @@ class ColumnLabels(LabelNoise):
     def __len__(self): return len(self.true)
     def _args(self): return [self.label_col, self.true_col]
     @property
-    def rate(self): return float((self.given != self.true).mean())
+    def rate(self):
+        return float(np.mean([a != b and _plain(a) != _plain(b) for a,b in zip(self.given, self.true)]))
     def _expected(self, y, classes): return self.rate
     def official(self): raise ValueError(f"{self} has no official draw: its labels come from the table")
     def transition(self, classes):
@@ -46,12 +47,13 @@ class ColumnLabels(LabelNoise):
 
     def _codes(self, labels, classes):
         names = _names(classes) or [str(i) for i in range(_n_classes(classes))]
-        codes = pd.Index(names).get_indexer(labels)
+        own,at = np.unique(labels, return_inverse=True)
+        codes = np.array(_places(own, names), dtype=int)
         if (codes < 0).any():
-            unknown = sorted(set(labels[codes < 0]))
+            unknown = own[codes < 0].tolist()
             raise ValueError(f"{self} does not fit: the table holds {', '.join(map(repr, unknown[:5]))}, "
                              f"not among the {len(names)} classes")
-        return codes
+        return codes[at]
 
     def _draw(self, y, classes, seed, keys, items):
         at = np.array([self.rows.get(index_key(o), -1) for o in keys])

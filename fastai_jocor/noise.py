@@ -7,7 +7,7 @@ __all__ = ['cifar10_classes', 'cifar100_superclasses', 'cifar100_classes', 'asym
            'PairFlip', 'Transition', 'Asymmetric']
 
 # %% ../nbs/10_noise.ipynb #a3476cc8
-import numpy as np
+import re, numpy as np
 from copy import copy
 from numbers import Integral
 from typing import Any
@@ -191,9 +191,20 @@ def _own_map(names):
         if names is not None and sorted(names) == _map_classes[m]: return m
     raise ValueError(f"map=None is for CIFAR's classes, by their names, and these are others: {_choose_map}")
 
+def _plain(o):
+    "A class as text, a whole number without a decimal point: 0, 0.0 and '0.0' are one class"
+    text = str(o)
+    return text[:-2] if re.fullmatch(r'-?\d+\.0', text) else text
+
+def _places(labels, names):
+    "Place of each label among the names, -1 for one that is not there; numbers are compared as numbers"
+    at = {_plain(o): i for i,o in enumerate(names)} | {o: i for i,o in enumerate(names)}
+    return [at.get(str(o), at.get(_plain(o), -1)) for o in labels]
+
 def _class_number(o, names, c, own):
     "Number of class `o`, a name or a number; `own` are the names of the map's classes where the vocabulary has none"
-    if names is not None and str(o) in names: return names.index(str(o))
+    place = _places([o], names or [])[0]
+    if place >= 0: return place
     if isinstance(o, (int,np.integer)) and not isinstance(o, bool) and 0 <= o < c: return int(o)
     if own is not None and c == len(own): return own.index(o)
     listed = '' if names is None else ': '+', '.join(names[:20])

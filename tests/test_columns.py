@@ -1,6 +1,7 @@
 "Given labels from a column of a table, on a folder of Noisy Imagenette's layout."
 import numpy as np, pandas as pd, pytest
-from fastai.vision.all import ColReader, ColSplitter, DataBlock, ImageBlock, PILImage
+from fastai.vision.all import (ColReader, ColSplitter, DataBlock, ImageBlock, IndexSplitter, PILImage,
+                               TransformBlock)
 from fastai_jocor.all import ColumnLabels, NoisyCategoryBlock
 
 WNIDS = np.array(['n01440764','n02102040','n02979186','n03000684'])
@@ -57,6 +58,24 @@ def test_labels_that_are_numbers():
     assert ColumnLabels(df, 'given', 'true').corrupt([0,1,2,2], 3).tolist() == [0,1,1,2]
     with pytest.raises(ValueError, match="the table holds '2', not among the 2 classes"):
         ColumnLabels(df, 'given', 'true').corrupt([0,1,1,1], 2)
+
+@pytest.mark.parametrize('types', [{}, dict(true=float), dict(true=float, human=float), dict(true=object)])
+def test_whole_numbers_in_a_table_of_numbers(types):
+    "A row of a table of numbers has floats, so that the vocabulary is 0.0, 1.0 and so on"
+    true = np.random.default_rng(0).integers(0, 4, 400)
+    human = (true + (np.arange(400)%5 == 0))%4
+    df = pd.DataFrame(dict(x=np.arange(400.), true=true, human=human)).astype(types)
+    noise = ColumnLabels(df, 'human', 'true')
+    assert noise.rate == .2
+    block = DataBlock((TransformBlock, NoisyCategoryBlock(noise)), get_x=ColReader('x'), get_y=ColReader('true'),
+                      splitter=IndexSplitter(range(50)))
+    ds = block.datasets(df)
+    assert [float(ds.vocab[int(y)]) for _,y in ds.train] == human[50:].tolist()
+    assert noise.transition(ds.vocab) == pytest.approx(noise.transition(4))
+
+def test_names_that_are_written_as_they_are_come_first():
+    df = pd.DataFrame(dict(given=['1','1.0','2'], true=['1','1.0','1']))
+    assert ColumnLabels(df, 'given', 'true').corrupt([0,1,0], ['1','1.0','2']).tolist() == [0,1,2]
 
 def test_what_does_not_fit():
     df = pd.DataFrame(dict(given=list('abba'), true=list('abab')))

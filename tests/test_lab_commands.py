@@ -38,7 +38,7 @@ def test_train_command_as_in_the_paper(tmp_path):
     (dict(contrast='js'),"contrast='js'"), (dict(co_lambda=2),'co_lambda=2'), (dict(forget_rate=1.),'forget_rate=1.0'),
     (dict(num_gradual=-1),'num_gradual=-1'), (dict(rule='paper'),"rule='paper'"),
     (dict(dataset='svhn'),"dataset='svhn'"), (dict(epochs=0),'epochs=0'),
-    (dict(k='2,3'),'these are 2 runs'),
+    (dict(k='2,3'),'these are 2 runs'), (dict(threads=-3),'threads=-3 must be an integer of at least 0'),
     (dict(dataset='mnist', path='/nowhere'),'no MNIST found'), (dict(options='{init: tail}'),"init='tail'")])
 def test_train_command_refuses(kw, msg, tmp_path):
     with pytest.raises(SystemExit) as e: jocor_train(**kw, out=str(tmp_path/'x'))
@@ -160,6 +160,10 @@ def test_modules_that_there_are_not(tmp_path):
                    (dict(plugins='../parts'), "plugins='../parts' must be the name of a module")):
         with pytest.raises(SystemExit) as e: jocor_bench(**kw, out=str(tmp_path/'out'))
         assert msg in str(e.value) and not (tmp_path/'out').exists()
+
+def test_copies_are_made_only_after_a_review(tmp_path):
+    with pytest.raises(SystemExit, match=r"copy_to='clean' needs --apply reviewed\.csv"):
+        commands.jocor_audit(str(tmp_path), copy_to='clean', out=str(tmp_path/'out'))
 
 @pytest.mark.parametrize('name', ('NA','cat'))
 def test_an_audit_says_how_its_list_is_read(name, tmp_path, monkeypatch, capsys):

@@ -91,6 +91,17 @@ def test_the_official_cifar100_map_is_not_by_superclass():
         members = np.flatnonzero(sup==s)
         assert ours[members].tolist() == np.roll(members, -1).tolist()
 
+@pytest.mark.parametrize('names', ([0,10,20], [0.,10.,20.], ['0','10','20'], ['0.0','10.0','20.0']))
+@pytest.mark.parametrize('map', ({0:10, 10:0}, {0.:10., 10.:0.}, {'0':'10', '10':'0'}))
+def test_numbers_in_a_map_are_compared_as_numbers(names, map):
+    assert Asymmetric(1., map).transition(names).argmax(1).tolist() == [1,0,2]
+
+def test_a_name_comes_before_a_number():
+    assert Asymmetric(1., {1:2, 2:3}).transition([1.,2.,3.]).argmax(1).tolist() == [1,2,2]
+    assert Asymmetric(1., {1:2}).transition(['1.0','1','2']).argmax(1).tolist() == [0,2,2]
+    with pytest.raises(ValueError, match='class 4, which is not among the 3 classes: 1.0, 2.0, 3.0'):
+        Asymmetric(1., {1:4}).transition([1.,2.,3.])
+
 # --- noise that depends on the item
 
 def test_instance_dependent_against_the_slow_way():

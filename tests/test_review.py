@@ -9,7 +9,7 @@ from fastai_jocor.lab import images, review
 from fastai_jocor.files import read_table, write_table
 from fastai_jocor.lab.commands import jocor_audit
 from fastai_jocor.lab.images import audit_learner, readable
-from fastai_jocor.lab.review import _by_file, apply_reviewed, read_labels
+from fastai_jocor.lab.review import _by_file, _next_command, apply_reviewed, read_labels
 from pictures import digit_files
 
 @pytest.fixture(scope='module')
@@ -66,7 +66,12 @@ def test_an_audit_of_a_folder(audited):
     assert len(data['bad']) == 2 and all('broken.png' in o for o in data['bad'])
     moved = {f.relative_to(root).as_posix() for f in root.rglob('c0_*') if f.parent.name == names['c1']}
     assert len(moved) > 15 and len(set(s['item']) & moved) > .8*len(moved) and len(s) < 1.3*len(moved)
-    assert read_labels(root).file[s.position.astype(int)].tolist() == s['item'].tolist()
+    columns = (out/'suspects.csv').read_text(encoding='utf-8').splitlines()[0].split(',')
+    assert columns[:3] == ['part','position','item'] and len(set(columns)) == len(columns)
+    labels = read_labels(root)
+    trained = labels[~labels.file.isin(data['bad'])]
+    assert trained.file.iloc[s.position.astype(int)].tolist() == s['item'].tolist()
+    assert labels.file[[r['position'] for r in data['rows']]].tolist() == s['item'].tolist()
     assert "'=zero" in (out/'suspects.csv').read_text() and names['c1'] in set(s.given_label)
     assert all(r['picture'].startswith('data:image/jpeg;base64,') for r in data['rows'])
     assert '<script>alert' not in (out/'suspects.html').read_text(encoding='utf-8')
@@ -85,6 +90,12 @@ def test_an_audit_refuses_numbers_before_it_trains(name, audited, body, tmp_path
     bad = -1 if name in ('n', 'seed', 'least', 'fine_tune') else 0
     with pytest.raises(SystemExit, match=f'{name}={bad}'):
         run_audit(audited[0], out=str(tmp_path/'out'), weights=body, **{name: bad})
+    assert not (tmp_path/'out').exists()
+
+@pytest.mark.parametrize('name', ('co_lambda', 'forget_rate'))
+def test_an_audit_refuses_shares_before_it_looks_at_pictures(name, wrong_pictures, body, tmp_path):
+    with pytest.raises(SystemExit, match=f'{name}=3'):
+        run_audit(wrong_pictures[0], out=str(tmp_path/'out'), weights=body, **{name: 3})
     assert not (tmp_path/'out').exists()
 
 @pytest.mark.parametrize('kwargs,size', [({}, 224), (dict(fine_tune=1), 128), (dict(no_pretrained=True), 128),
@@ -228,14 +239,16 @@ def test_apply(audited, tmp_path, capsys):
     r = r.assign(decision=(['relabel', 'drop', 'keep']*len(s))[:len(s)])
     write_table(r, tmp_path/'reviewed.csv', index=False)
     run_audit(root, apply=str(tmp_path/'reviewed.csv'), out=str(tmp_path/'new'))
-    want = dict(zip(*read_labels(root).to_numpy().T))
+    want = {f: o for f,o in read_labels(root).itertuples(index=False) if 'broken' not in f}
     for o in r.itertuples():
         if o.decision == 'drop': del want[o.item]
         if o.decision == 'relabel': want[o.item] = o.predicted_label
     new = read_table(tmp_path/'new'/'cleaned.csv')
     assert dict(zip(new.file, new.label)) == want
     n = r.decision.value_counts()
-    assert f"{n['drop']} dropped, {n.relabel} relabelled, {len(want)} left" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{n['drop']} dropped, {n.relabel} relabelled, {len(want)} left" in said
+    assert re.search("2 files are left out because they cannot be read, such as '.*broken.png'", said)
     again = read_labels(tmp_path/'new'/'cleaned.csv')
     assert dict(zip(again.file, again.label)) == want
 
@@ -244,7 +257,11 @@ REVIEWED = pd.DataFrame([['a', 'x', 'y', 'relabel'], ['b', 'y', 'x', 'drop']],
                         columns=['item', 'given_label', 'predicted_label', 'decision'])
 
 @pytest.mark.parametrize('change,message', [
-    (dict(decision='maybe'), 'must be keep, relabel or drop'), (dict(item='x.png'), 'not among the files'),
+    (dict(decision='maybe'), "row 2: decision 'maybe' for 'a' must be keep, relabel or drop"),
+    (dict(predicted_label=''), "row 2: predicted_label of 'a' is empty: it must be the new label"),
+    (dict(predicted_label=[' ','']), "row 2: predicted_label of 'a' is empty"),
+    (dict(predicted_label=[None,'x']), "row 2: predicted_label of 'a' is empty"),
+    (dict(item='x.png'), 'not among the files'),
     (dict(given_label='other'), "was reviewed as 'other'"), (dict(item='a', given_label='x'), 'more than once')])
 def test_decisions_that_do_not_fit(change, message):
     assert apply_reviewed(LABELS, REVIEWED).values.tolist() == [['a', 'y'], ['c', 'x']]
@@ -254,8 +271,52 @@ def test_decisions_without_a_column():
     for o in REVIEWED:
         with pytest.raises(ValueError, match=f"no column '{o}'"): apply_reviewed(LABELS, REVIEWED.drop(columns=o))
 
+def test_a_label_is_dropped_without_a_new_one():
+    assert apply_reviewed(LABELS, REVIEWED.assign(predicted_label=['y',''])).values.tolist() == [['a','y'], ['c','x']]
+
+def named_pictures(folder, *names):
+    "Pictures without an ending"
+    for o in names: Image.new('RGB', (4,4)).save(folder/o, format='PNG')
+
+@pytest.mark.parametrize('change,message', [
+    (dict(predicted_label=''), "row 2: predicted_label of 'a' is empty"),
+    (dict(decision=['drop','delet']), "row 3: decision 'delet' for 'b' must be keep, relabel or drop")])
+def test_decisions_are_checked_before_anything_is_written(change, message, tmp_path):
+    source,file = csv_of(tmp_path, 'file,label\na,x\nb,y\nc,x\n'),tmp_path/'r.csv'
+    named_pictures(tmp_path, *'abc')
+    REVIEWED.assign(**change).to_csv(file, index=False)
+    with pytest.raises(SystemExit) as e:
+        run_audit(source, apply=str(file), out=str(tmp_path/'new'), copy_to=str(tmp_path/'clean'))
+    assert f'apply={str(file)!r}, {message}' in str(e.value)
+    assert not (tmp_path/'new').exists() and not (tmp_path/'clean').exists()
+
+def test_a_cleaned_list_has_only_files_that_can_be_read(tmp_path, capsys):
+    "One is damaged, one is cut off, one is missing"
+    source = csv_of(tmp_path, 'file,label\na,x\nb,y\nc,x\nd,y\ndamaged,x\ncut,y\nmissing,x\n')
+    named_pictures(tmp_path, *'abcd')
+    (tmp_path/'damaged').write_text('no image')
+    (tmp_path/'cut').write_bytes((tmp_path/'d').read_bytes()[:40])
+    REVIEWED.to_csv(tmp_path/'r.csv', index=False)
+    args = dict(apply=str(tmp_path/'r.csv'), out=str(tmp_path/'new'))
+    run_audit(source, copy_to=str(tmp_path/'clean'), **args)
+    assert (tmp_path/'new'/'cleaned.csv').read_text() == 'file,label\na,y\nc,x\nd,y\n'
+    copied = {o.relative_to(tmp_path/'clean').as_posix() for o in (tmp_path/'clean').glob('*/*')}
+    assert copied == {'y/a','x/c','y/d'}
+    said = capsys.readouterr().out
+    assert '1 dropped, 1 relabelled, 3 left' in said
+    assert "3 files are left out because they cannot be read, such as 'damaged'" in said
+    (tmp_path/'elsewhere').mkdir()
+    with pytest.raises(SystemExit, match="7 of 7 images cannot be read, such as '.*elsewhere/a'"):
+        run_audit(source, path=str(tmp_path/'elsewhere'), **args)
+
+def test_the_command_that_applies_names_what_the_audit_was_told():
+    assert _next_command('my images', None, 'file', 'label') == "jocor_audit 'my images' --apply reviewed.csv"
+    command = 'jocor_audit l.csv --path pics --file-col name --label-col cls --apply reviewed.csv'
+    assert _next_command('l.csv', 'pics', 'name', 'cls') == command
+
 def test_apply_keeps_the_columns_of_the_list(tmp_path):
     source = csv_of(tmp_path, 'name,fold,cls\na,0,x\nb,1,y\nc,0,x\n')
+    named_pictures(tmp_path, *'abc')
     REVIEWED.to_csv(tmp_path/'r.csv', index=False)
     args = dict(file_col='name', label_col='cls', apply=str(tmp_path/'r.csv'))
     run_audit(source, out=str(tmp_path/'new'), **args)

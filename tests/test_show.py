@@ -66,6 +66,14 @@ def test_two_decisions_on_an_item_are_refused(arrays, tmp_path):
     file = reviewed(tmp_path, (1,1,2,'relabel'), (1,1,2,'drop'))
     with pytest.raises(ValueError, match="'1' was reviewed more than once"): cleaned_by_review(arrays, file)
 
+@pytest.mark.parametrize('row,message', [
+    ((1,1,2,'delet'), "row 3: decision 'delet' for '1' must be keep, relabel or drop"),
+    ((1,1,2,''), "row 3: decision '' for '1' must be"), ((1,1,'','relabel'), "row 3: predicted_label of '1' is empty")])
+def test_decisions_that_mean_nothing_are_refused(row, message, arrays, tmp_path):
+    file = reviewed(tmp_path, (2,2,0,'keep'), row)
+    with pytest.raises(ValueError) as e: cleaned_by_review(arrays, file)
+    assert f'reviewed={str(file)!r}, {message}' in str(e.value)
+
 @pytest.mark.parametrize('gone', COLUMNS)
 def test_decisions_without_a_column_are_refused(gone, arrays, tmp_path):
     file = tmp_path/'r.csv'

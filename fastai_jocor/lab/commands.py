@@ -58,9 +58,10 @@ def jocor_train(
 ):
     "Train on noisy labels: print the epoch table, and write history, picture, weights and result"
     import torch
+    from fastai_jocor.arguments import check_whole
     from fastai_jocor.lab.run import run
-    if threads: torch.set_num_threads(threads)
     try:
+        if check_whole('threads', threads, 0, ": 0 for torch's default"): torch.set_num_threads(threads)
         cfgs = _configs(None, dict(schedule=schedule, **fields))
         if len(cfgs) > 1: raise ValueError(f'these are {len(cfgs)} runs: jocor_bench does several')
         res = run(cfgs[0], out, path)[2]
@@ -212,6 +213,8 @@ def jocor_audit(
     own = ('source','apply','copy_to','version')
     command = ' '.join(['jocor_audit', *map(shlex.quote, sys.argv[1:])])
     try:
+        if copy_to and not apply:
+            raise ValueError(f"copy_to={copy_to!r} needs --apply reviewed.csv: images are copied after a review")
         from fastai_jocor.files import how_to_read
         from fastai_jocor.lab.review import audit, write_cleaned
         if not apply: audit(source, command=command, **{name: o for name,o in given.items() if name not in own})

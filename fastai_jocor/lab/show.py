@@ -16,7 +16,7 @@ from ..trainer import PeersCallback
 from ..feature_loaders import given_labels
 from ..audit import _class_names
 from ..cleaning import _vocab_of, cleaned
-from .suspects_page import review_page
+from .suspects_page import _check_decisions, review_page
 
 # %% ../../nbs/lab/05b_show.ipynb #09a5666d
 _marks = re.compile(r'\bxx(bos|eos|pad|maj|up) *') # of fastai's tokenizer
@@ -68,8 +68,7 @@ def show_review(
 def _decisions(reviewed):
     "The decisions on training items"
     r = read_table(reviewed)
-    for o in ('item','given_label','predicted_label','decision'):
-        if o not in r: raise ValueError(f"reviewed={str(reviewed)!r} has no column {o!r}: export it from the page")
+    _check_decisions(r, f"reviewed={str(reviewed)!r}")
     return r[r.part.isin(['train',''])] if 'part' in r else r
 
 def _position_of(r, at):
@@ -92,7 +91,7 @@ def cleaned_by_review(
     dls:DataLoaders, # The loaders whose training items were reviewed
     reviewed='reviewed.csv' # File exported from the page; decisions on items that are not in `dls.train` are ignored
 )->DataLoaders: # With the same validation set
-    "`DataLoaders` with the labels that you chose, and without the items that you dropped"
+    "`DataLoaders` with your labels and without what you dropped; a `ValueError` for decisions that make no sense"
     r,vocab = _decisions(reviewed),_vocab_of(dls)
     labels = _class_names(np.maximum(given_labels(dls.train), -1), vocab)
     at = groupby(enumerate(item_names(dls.train.dataset)), key=lambda o: str(o[1]), val=0)
