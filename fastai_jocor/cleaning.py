@@ -56,7 +56,8 @@ def _of_training(suspects):
 def _positions(suspects, ds):
     "Positions of the suspects in the training set; a `ValueError` if they are of another one"
     n = len(ds)
-    pos = (suspects.position if 'position' in suspects else suspects.index).to_numpy()
+    pos = suspects.position if 'position' in suspects else suspects.index
+    pos = pd.to_numeric(pos, errors='coerce').to_numpy() # a table that was read from a file holds text
     each_once = pos.dtype.kind in 'iu' and np.isin(pos, range(n)).all() and len(np.unique(pos)) == len(pos)
     if len(pos) and not each_once:
         raise ValueError(f"suspects must be indexed by position in the training set of {n} items, each once, "

@@ -9,6 +9,7 @@ from fastai.vision.all import (CategoryBlock, ColReader, CrossEntropyLossFlat, D
 from sklearn.datasets import load_digits
 from fastai_jocor.all import InMemoryDataLoaders, JoCorCallback, NoisyCategoryBlock, Symmetric, digits_dls, jocor_mlp
 from fastai_jocor.cleaning import SuspectsLearner, cleaned
+from fastai_jocor.files import read_table, write_table
 from fastai_jocor.lab.run import fast_adam
 from learners import quiet
 from pictures import digit_files
@@ -45,6 +46,21 @@ def after(given, s, how, vocab):
     "Which items are left, and their labels"
     left = [i for i in range(len(given)) if how == 'relabel' or i not in s.index]
     return left,[vocab.index(s.predicted_label[i]) if i in s.index else given[i] for i in left]
+
+@pytest.mark.parametrize('how', ('drop', 'relabel'))
+@pytest.mark.parametrize('column', (True, False), ids=('column', 'index'))
+def test_suspects_from_a_file(column, how, tmp_path):
+    "All cells of such a table are text"
+    dls = digits_dls('symmetric:0.3')
+    given,vocab,pos = [int(o[1]) for o in dls.train_ds],list(map(str, dls.vocab)),[0,3,12]
+    s = other_labels(given, pos, vocab)
+    write_table(s.rename_axis('position'), tmp_path/'s.csv')
+    kept = read_table(tmp_path/'s.csv')
+    if not column: kept = kept.set_index('position')
+    same = [labels_in(cleaned(dls, o, how).train) for o in (s, kept)]
+    assert same[0] == same[1] and len(same[0]) == len(given)-3*(how == 'drop')
+    with pytest.raises(ValueError, match='must be indexed by position'):
+        cleaned(dls, kept.rename(index=lambda o: 'a').assign(position='a'), how)
 
 def labels_in(dl):
     batches = dl.new(shuffle=False, drop_last=False)
