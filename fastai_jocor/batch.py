@@ -99,8 +99,8 @@ def _drop_count(s, n, R):
 
 # %% ../nbs/04_batch.ipynb #31438a6e
 _one_output = ("a model with one output tells no classes: give it two outputs, and two classes as the integers 0 and 1 "
-               "with CrossEntropyLossFlat; for a table, pass y_block=CategoryBlock(), because fastai takes numbers as a "
-               "regression")
+               "with CrossEntropyLossFlat; for a table, pass y_block=CategoryBlock(), because fastai takes numbers for "
+               "a regression")
 
 def _instead(pred, y):
     "What to do about targets that are not class indices"

@@ -82,7 +82,7 @@ def feature_dls(
     dls,body = learn.dls,body_of(learn.model)
     if body is None:
         raise ValueError(f"learn has a {type(learn.model).__name__}, whose body is not known: "
-                         "pass one from vision_learner or text_classifier_learner, or a pretrained network for pictures")
+                         "pass one from vision_learner or text_classifier_learner, or with a pretrained network")
     vocab = _vocab_of(dls)
     folder = writable_folder() if folder is None else folder
     body.to(dls.device or default_device())

@@ -59,6 +59,16 @@ def look_at_data(
     for text in [] if owner.finding else what_is_lost(owner, s): warnings.warn(text)
     return s
 
+# %% ../nbs/07b_start.ipynb #d7615cae
+def _refuse_outside(ds, s, idxs, y):
+    "Raise a `ValueError` if labels of any item are no class"
+    found = labels_outside(ds, s.n_classes, s.no_label, idxs, y)
+    if not found: return
+    i,label = next(iter(found.items()))
+    raise ValueError(f"{len(found)} of the {len(ds)} training labels lie outside [0, {s.n_classes}), such as {label} "
+                     f"at position {i}: the model gives {s.n_classes} classes; leave such items out, or code them as "
+                     "-100, which cross-entropy ignores")
+
 # %% ../nbs/07b_start.ipynb #46bf73fe
 def refuse_missing_labels(
     learn:Learner # On any data
@@ -71,15 +81,6 @@ def refuse_missing_labels(
     n = int((labels == -1).sum()) if labels.dtype.kind in 'iu' else 0
     if n: raise ValueError(f"{n} of the {len(ds)} training labels in column {name!r} are missing (code -1): "
                            f"leave these rows out, for example by df.dropna(subset=[{name!r}])")
-
-def _refuse_outside(ds, s, idxs, y):
-    "Raise a `ValueError` if labels of any item are no class"
-    found = labels_outside(ds, s.n_classes, s.no_label, idxs, y)
-    if not found: return
-    i,label = next(iter(found.items()))
-    raise ValueError(f"{len(found)} of the {len(ds)} training labels lie outside [0, {s.n_classes}), such as {label} at "
-                     f"position {i}: the model gives {s.n_classes} classes; leave such items out, or code them as "
-                     "-100, which cross-entropy ignores")
 
 def _left_out(dl):
     "Warnings about a loader that leaves out items because they do not fill a batch"

@@ -85,8 +85,9 @@ class PeersCallback(FitState, Callback):
 @patch
 def _make_parts(self:PeersCallback, graphs):
     self.small_loss,self.record,self.lost = SmallLoss(self),Record(self),LostClasses(self)
-    self.parts = [QuickEvents(self), LeaveNothing(self), ClipEach(self), MakePeers(self), ForgetRate(self), BatchItems(self),
-                  NonFinite(self), self.small_loss, self.record, Estimate(self), self.lost, UndoPeers(self)]
+    self.parts = [QuickEvents(self), LeaveNothing(self), ClipEach(self), MakePeers(self), ForgetRate(self),
+                  BatchItems(self), NonFinite(self), self.small_loss, self.record, Estimate(self), self.lost,
+                  UndoPeers(self)]
     if graphs: self.parts.append(Graphs(self))
 
 @patch

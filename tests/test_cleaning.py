@@ -234,7 +234,7 @@ def test_an_audit_of_a_table():
 def test_cleaned_refuses_what_has_no_class():
     df = pd.DataFrame(dict(x=np.arange(20.), y=np.arange(20.)))
     dls = TabularPandas(df, [], [], ['x'], 'y', splits=(list(range(15)), list(range(15, 20)))).dataloaders(bs=4)
-    with pytest.raises(ValueError, match='one class'): cleaned(dls, pd.DataFrame(index=[0]))
+    with pytest.raises(ValueError, match='one label per item'): cleaned(dls, pd.DataFrame(index=[0]))
 
 # fastai's cleaner
 

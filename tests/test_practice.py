@@ -185,7 +185,8 @@ def test_labels_that_cross_entropy_ignores_are_no_error():
     x,y = torch.randn(100, 64),torch.arange(100) % 10
     y[70:] = -100
     dl = DataLoader(TensorDataset(x, y), bs=20)
-    quiet(Learner(DataLoaders(dl, dl), jocor_mlp(10, 64), loss_func=CrossEntropyLossFlat())).fit(1, cbs=JoCorCallback(k=2))
+    learn = quiet(Learner(DataLoaders(dl, dl), jocor_mlp(10, 64), loss_func=CrossEntropyLossFlat()))
+    learn.fit(1, cbs=JoCorCallback(k=2))
 
 def test_a_table_whose_classes_fastai_took_for_numbers():
     df = pd.DataFrame(dict(x=np.random.default_rng(0).normal(size=200), y=np.arange(200) % 2))

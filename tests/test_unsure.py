@@ -1,7 +1,7 @@
 "What audits and callbacks must not say: nothing was learned, too little is known, items are not in the training set."
 import random, numpy as np, pandas as pd, pytest
-from fastai.vision.all import (accuracy, CategoryBlock, DataBlock, ImageBlock, Learner, RandomSplitter, Resize, resnet18,
-    set_seed, vision_learner)
+from fastai.vision.all import (accuracy, CategoryBlock, DataBlock, ImageBlock, Learner, RandomSplitter, Resize,
+    resnet18, set_seed, vision_learner)
 from fastai_jocor import features
 from fastai_jocor.all import audit_labels, cleaned, digits_dls, JoCorCallback, jocor_mlp
 from fastai_jocor.features import body_of
@@ -22,7 +22,8 @@ def noise_only(folder, n=600):
     images = np.random.default_rng(1).integers(0, 255, (n,8,8,3), dtype=np.uint8)
     block = DataBlock((ImageBlock, CategoryBlock), get_items=lambda _: list(range(n)), get_x=lambda i: images[i],
                       get_y=lambda i: names[i], splitter=RandomSplitter(.1, seed=0), item_tfms=Resize(32))
-    return images,vision_learner(block.dataloaders(folder, bs=16, num_workers=0), resnet18, pretrained=False, path=folder)
+    dls = block.dataloaders(folder, bs=16, num_workers=0)
+    return images,vision_learner(dls, resnet18, pretrained=False, path=folder)
 
 def test_labels_that_have_nothing_to_do_with_the_items_are_no_knowledge(tmp_path):
     x = np.random.default_rng(0).normal(size=(900,64))
