@@ -24,7 +24,7 @@ from .columns import ColumnLabels
 from .blocks import make_noise, NoisyCategoryBlock, show_flipped
 from .files import load_ledger, read_table, save_ledger, write_table
 from .audit import rank_suspects
-import fastai_jocor.estimated_noise # gives callbacks `transition` and `plot_transition`
+from . import estimated_noise as _estimated_noise # gives callbacks `transition` and `plot_transition`
 from .cleaning import cleaned
 from .feature_loaders import feature_dls
 from .heads import feature_learner
