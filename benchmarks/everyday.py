@@ -23,8 +23,8 @@ its weights, unless the environment variable FASTAI_JOCOR_WEIGHTS names a file o
 Each row of results/everyday.csv is one run: a cell (data, noise, epochs, learning rate), a method and a seed. Rows that
 are there are not run again. The learners are ordinary fastai learners. Their labels are corrupted before they see them,
 so that no callback can look up the truth: where τ is not given, it has to be estimated. `averaged` is the mean
-probability of three plain networks. `audited` is for pictures, and is run where `--only` names it: `audit_labels` finds
-suspects in the features of the pretrained body, and the default trains on the other items.
+probability of three plain networks. `no_look`, which runs where `--only` names it, is the default without its first look
+at the labels, which makes a difference only where a pretrained network is trained whole (*clothing_timm*).
 """
 import os, time, warnings, numpy as np, pandas as pd, torch
 from collections import namedtuple
@@ -32,7 +32,7 @@ from pathlib import Path
 from fastcore.script import call_parse
 from fastai.basics import *
 from fastai.losses import LabelSmoothingCrossEntropyFlat
-from fastai_jocor.all import audit_labels, cleaned, JoCorCallback
+from fastai_jocor.all import JoCorCallback
 from fastai_jocor.evidence import Evidence
 from everyday_data import *
 
@@ -73,9 +73,8 @@ tables = dict(
     cifar3k=Data(cifar3k, quick_photo_learner, 64, ['worse'], [(4, 2e-3)], 'slow', fine_tuned))
 Cell = namedtuple('Cell', 'data noise epochs lr')
 
-# The methods: how many networks, which loss, which callback from the true noise rate, whether on right labels only, and
-# whether on those that are left when the suspects of an audit are dropped
-Method = namedtuple('Method', 'nets loss callback right audit', defaults=[1, None, None, False, False])
+# The methods: how many networks, which loss, which callback from the true noise rate, and whether on right labels only
+Method = namedtuple('Method', 'nets loss callback right', defaults=[1, None, None, False])
 methods = dict(
     plain=Method(),
     smooth=Method(loss=partial(LabelSmoothingCrossEntropyFlat, eps=.1)),
@@ -86,7 +85,7 @@ methods = dict(
     jocor2_tau=Method(callback=lambda tau: JoCorCallback(k=2, forget_rate=tau)),
     schedule=Method(callback=lambda tau: JoCorCallback(k=3, rule='schedule', rounding='official')),
     by_hand=Method(callback=lambda tau: JoCorCallback(k=3, forget_rate=tau, balance=1)),
-    audited=Method(callback=lambda tau: JoCorCallback(k=3), audit=True))
+    no_look=Method(callback=lambda tau: JoCorCallback(k=3, without=('look',))))
 
 # The parts of the default, each switched off: some cells where something is at stake
 ablation = {f'no_{part}': Method(callback=lambda tau, part=part: JoCorCallback(k=3, without=(part,)))
@@ -131,7 +130,6 @@ def train(d, y, cell, method, tau, seed):
     table = tables[cell.data]
     loss = {} if method.loss is None else dict(loss_func=method.loss())
     learn = table.learner(d, y, table.bs, **loss)
-    if method.audit: learn.dls = cleaned(learn.dls, audit_labels(learn, progress=False).suspects(part='train'))
     cb = None if method.callback is None else method.callback(tau)
     watch = NoValidation() if cb is None else LastEpoch(cb)
     with learn.no_bar(), learn.no_logging(): table.fit(learn, cell.epochs, cell.lr, L(cb, watch).filter())
@@ -160,9 +158,8 @@ def run(cell, name, seed, path):
     row = dict(cell._asdict(), method=name, seed=seed, accuracy=float(hit.double().mean()))
     row['peer_accuracy'] = float((probs.argmax(-1) == truth).double().mean())
     row['worst_recall'] = min(float(hit[truth == c].double().mean()) for c in truth.unique())
-    known = cb is not None and not method.audit # what the callback says is about all items
-    estimate = cb.estimate if known else None
-    row['precision'] = watch.precision(right) if known else np.nan
+    estimate = None if cb is None else cb.estimate
+    row['precision'] = np.nan if cb is None else watch.precision(right)
     interval = dict(estimate='rate', low='low', high='high')
     row |= {name: np.nan if estimate is None else getattr(estimate, o) for name,o in interval.items()}
     return dict(row, wrong=wrong, seconds=time.time()-start, machine=machine())
@@ -214,7 +211,7 @@ def main(
     part:str='fast', # `fast`, `slow`, `all`, or `ablation`: the default without each of its parts
     seeds:str='0', # Seeds, as a range or one
     data:str=','.join(tables), # Which data
-    only:str=','.join(o for o in methods if not methods[o].audit), # Which methods
+    only:str=','.join(o for o in methods if o != 'no_look'), # Which methods
     take:Path=None, # Take the rows of this file, and run nothing
     summary_only:bool=False # Print the table of what is there, and run nothing
 ):

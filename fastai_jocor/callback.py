@@ -34,6 +34,7 @@ class JoCorCallback(PeersCallback):
     Bad arguments raise a `ValueError` or a `TypeError` here; data that cannot be used do so before training.
     All details: https://fastai-jocor.github.io/fastai_jocor/reference/jocor_callback.html
     """
+    first_look = None # Function from a learner to items that are not trained on; `fastai_jocor.look` sets it
     def __init__(self,
         k:int=2, # Number of peers, at least 1; 1: a single network by the same rule
         co_lambda:float|None=None, # Weight λ of the contrast, in [0, 1]; `None`: found in training, or 0.8
@@ -47,7 +48,7 @@ class JoCorCallback(PeersCallback):
         rule:Literal['evidence','schedule']|None=None, # `None`: `schedule` if one of its arguments is given
         hidden:float|None=None, # Share of labels hidden from each peer, in [0, 1/k]; `None`: 0.1, or 1/k if less
         plus:Literal['votes','early']|None=None, # Train on sure common votes too; or pull towards early predictions
-        without:tuple=(), # For research: names of `Evidence.parts` to switch off
+        without:tuple=(), # For research: names of `Evidence.parts` to switch off, or `look` for `first_look`
         **kwargs # `models`, `init`, `seed`, `restart`, `select`, `rounding`, `first_epoch`, `graphs`: `PeersCallback`
     ):
         super().__init__(k, forget_rate, num_gradual, exponent, **kwargs)
@@ -55,7 +56,7 @@ class JoCorCallback(PeersCallback):
         check_number('balance', balance, lambda v: 0 <= v <= 1,
                      'lie in [0, 1]: how far selection makes up for classes that have fallen behind')
         check_choice('rule', rule, (None,'evidence','schedule'))
-        for part in without: check_choice('without', part, Evidence.parts)
+        for part in without: check_choice('without', part, (*Evidence.parts,'look'))
         hidden_count(0, self.k, hidden)
         if co_lambda is not None: check_co_lambda(co_lambda)
         self.co_lambda,self.contrast = co_lambda,check_contrast(contrast)

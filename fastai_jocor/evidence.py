@@ -38,6 +38,7 @@ class Evidence:
         self.votes = torch.full((n,), -1, device=device) # of a single network, in the epoch before
         self.running = torch.full((3,n_classes), 1/n_classes, device=device) # mean prediction, votes, labels
         self.judges = share is not None and share*k > .99 # whether every label is hidden from a peer
+        self.barred = None # items whose labels were found wrong before, shape (n,), bool; they are not trained on
         self.brake = 0.
         self.rows = [] # what each epoch has shown
 
@@ -96,7 +97,7 @@ def R(self:Evidence)->float: # In [0, U]
     return max(self.brake, self.credit*guess*min(1., max(0., (self.latest['alike']-.7)/.2)))
 
 # %% ../nbs/03e_evidence.ipynb #5bdbb3b4
-_kept = ('margin','votes','running','brake','rows')
+_kept = ('margin','votes','running','brake','rows','barred')
 
 def evidence_state(
     e:Evidence # May be `None`
@@ -113,6 +114,8 @@ def load_evidence(
     for name in ('margin','votes','running','hidden'):
         setattr(e, name, state[name].to(e.margin.device).clone())
     e.brake,e.rows = state['brake'],list(state['rows'])
+    barred = state.get('barred')
+    e.barred = None if barred is None else barred.to(e.margin.device).clone()
     e.untold = Untold(e.hidden, int((state['hidden'] >= 0).sum()), e.n_classes)
     e.untold.load_state(state['untold'])
     return e

@@ -45,6 +45,7 @@ def tell_scarce(
 class Weigh(Part):
     "Gather evidence of wrong labels and of memorising, and select by it"
     order = 6
+    barred = None # from a look at the labels before the first step
     def before_fit(self):
         o = self.owner
         if o.restart and not o.finding: o.evidence = o.early = None
@@ -54,6 +55,14 @@ class Weigh(Part):
     def before_train(self):
         o = self.owner
         self.learn.selection.evidence = None if o.finding else o.evidence
+        if o.by_evidence and not o.finding and o.evidence is None: self.barred = self._look()
+
+    def _look(self):
+        "Items whose labels are found wrong before the first step, shape (n,), bool; `None` without a `first_look`"
+        o,s = self.owner,self.learn.selection
+        if o.first_look is None or 'look' in o.without or s.world > 1: return None
+        found = o.first_look(self.learn)
+        return None if found is None else found.to(s.device)
 
     @property
     def frozen(self):
@@ -69,6 +78,7 @@ class Weigh(Part):
         o = self.owner
         o.evidence = Evidence(len(o.source), o.k, s.logits.shape[-1], o.seed or 0, self.tau, s.device, o.without,
                               o.hidden)
+        o.evidence.barred = self.barred
         s.evidence = o.evidence
         return o.evidence
 
@@ -127,10 +137,12 @@ def loss(self:Weigh,
 def _select(self:Weigh, e, by, usable):
     "Which items are kept, shape (N,), 0 or 1; the number kept in all processes"
     s = self.learn.selection
+    barred = None if e.barred is None else e.barred[s.idx]
     if s.across:
         if usable is None: usable = torch.ones_like(by, dtype=torch.bool) # others may have such that are not
-        by,usable = union(by),union(usable)
+        by,usable,barred = union(by),union(usable),None if barred is None else union(barred)
     n = s.drop_count(len(by) if s.ignored is None else usable.sum(), s.R)
+    if barred is not None: usable,n = _and(usable, ~barred),(n-barred.sum()).clamp(min=0)
     keep = keep_by_margin(by, math.inf if self.frozen else e.threshold, n, usable)
     return (own_part(keep) if s.across else keep).float(), keep.sum()
 
