@@ -1,0 +1,99 @@
+"The look at the labels before a pretrained network is trained whole."
+import pytest, torch, torchvision
+from fastai.vision.all import (accuracy, DataBlock, get_image_files, ImageBlock, Learner, params,
+    parent_label, RandomSplitter, Resize, resnet18, set_seed, vision_learner)
+from fastai_jocor import look
+from fastai_jocor.all import JoCorCallback, LabelAudit, NoisyCategoryBlock, Symmetric
+from fastai_jocor.evidence import Evidence, evidence_state, load_evidence
+from learners import digits, quiet, same, weights
+from pictures import digit_files
+
+def pictures(folder, n=400, noise=Symmetric(.25)):
+    block = DataBlock((ImageBlock, NoisyCategoryBlock(noise, seed=0)), get_items=lambda p: get_image_files(p).sorted(),
+                      get_y=parent_label, splitter=RandomSplitter(seed=0), item_tfms=Resize(32))
+    return block.dataloaders(digit_files(folder, n), bs=32, num_workers=0)
+
+def pretrained(dls, **kwargs):
+    "A network of torchvision whose normalisation layers look pretrained, in a plain learner"
+    set_seed(0)
+    net = torchvision.models.resnet18(num_classes=3)
+    for m in net.modules():
+        if isinstance(m, torch.nn.BatchNorm2d): torch.nn.init.uniform_(m.weight, .8, 1.2)
+    set_seed(0)
+    return quiet(Learner(dls, net, metrics=accuracy, **kwargs))
+
+@pytest.fixture(scope='module')
+def dls(tmp_path_factory): return pictures(tmp_path_factory.mktemp('digits'))
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch): monkeypatch.setattr('fastai_jocor.features.xdg_cache_home', lambda: tmp_path/'cache')
+
+@pytest.fixture
+def looks(monkeypatch):
+    "How often the callback looks, and nothing is found"
+    seen = []
+    monkeypatch.setattr(JoCorCallback, 'first_look', staticmethod(lambda learn: seen.append(learn)))
+    return seen
+
+def test_items_that_are_found_are_never_trained_on(dls):
+    learn,cb = pretrained(dls),JoCorCallback(k=2)
+    learn.fit(2, 1e-3, cbs=cb)
+    barred,wrong = cb.evidence.barred.cpu().numpy(),dls.noise.flipped
+    assert wrong[barred].mean() > .7 and wrong[barred].sum() > .5*wrong.sum()
+    seen = cb.items.seen.cpu().numpy() > 0
+    kept = cb.items.kept.cpu().numpy()
+    assert not kept[barred].any() and (kept[~barred & seen] > 0).mean() > .95
+    assert cb.ledger.prob[barred & seen].notna().all() # they are observed all the same
+
+def test_a_look_that_finds_nothing_changes_nothing(dls, monkeypatch):
+    def fitted(cb):
+        learn = pretrained(dls)
+        learn.fit(1, 1e-3, cbs=cb)
+        return weights(learn)
+    monkeypatch.setattr(LabelAudit, 'trusted', False)
+    with_look = fitted(JoCorCallback(k=2, seed=1))
+    same(with_look, fitted(JoCorCallback(k=2, seed=1, without=('look',))))
+
+def test_the_callback_looks_once(dls, looks):
+    learn,cb = pretrained(dls),JoCorCallback(k=2)
+    learn.add_cb(cb)
+    learn.lr_find(num_it=3, show_plot=False)
+    assert not looks
+    for _ in range(2): learn.fit(1, 1e-3)
+    assert len(looks) == 1
+    pretrained(dls).fit(1, 1e-3, cbs=JoCorCallback(k=2, without=('look',)))
+    pretrained(dls).fit(1, 1e-3, cbs=JoCorCallback.paper(forget_rate=.2))
+    assert len(looks) == 1
+
+def test_where_there_is_nothing_to_look_at(dls):
+    split = lambda m: [params(m.conv1), params(m.fc)]
+    frozen = pretrained(dls, splitter=split)
+    frozen.freeze()
+    assert look.is_whole(pretrained(dls)) and not look.is_whole(frozen)
+    assert not look.is_whole(vision_learner(dls, resnet18, pretrained=False))
+    assert not look.is_whole(quiet(Learner(dls, torchvision.models.resnet18(num_classes=3))))
+
+def test_a_look_that_fails_is_no_obstacle(dls, monkeypatch):
+    def fail(*args, **kwargs): raise RuntimeError('no space left')
+    monkeypatch.setattr(look, 'audit_labels', fail)
+    learn,cb = pretrained(dls),JoCorCallback(k=2)
+    with pytest.warns(UserWarning, match='could not be looked at before training .no space left.'):
+        learn.fit(1, 1e-3, cbs=cb)
+    assert cb.evidence.barred is None and len(cb.history) == 1
+
+def test_barred_items_count_towards_the_share_to_drop(monkeypatch):
+    learn = digits(noise=Symmetric(.3))
+    wrong = torch.as_tensor(learn.dls.noise.flipped)
+    monkeypatch.setattr(JoCorCallback, 'first_look', staticmethod(lambda learn: wrong))
+    cb = JoCorCallback(k=2, forget_rate=.3)
+    learn.fit_one_cycle(12, 1e-2, cbs=cb)
+    last = cb.history.iloc[-1]
+    assert last.label_precision == 1 and last.kept > .6 and cb.estimate.low < .3 < cb.estimate.high
+
+def test_what_is_barred_outlasts_an_interruption():
+    e = Evidence(6, 2, 3)
+    e.barred = torch.tensor([True,False]*3)
+    state = evidence_state(e)
+    assert torch.equal(load_evidence(Evidence(6, 2, 3), state).barred, e.barred)
+    del state['barred'] # as written by an earlier version
+    assert load_evidence(Evidence(6, 2, 3), state).barred is None
