@@ -194,7 +194,7 @@ def test_pages_show_the_results_that_are_there():
     from fastai_jocor.lab.tables import read_results
     df = read_results(RESULTS/'mnist_protocol')
     import front
-    assert_shown(f'Means of {front.seeds_of(front.accuracies())} seeds', 'index.ipynb')
+    assert_shown(f'means of {front.seeds_of(front.accuracies())} seeds', 'index.ipynb')
     assert_shown(f'Six of the {len(pd.read_csv(front.SUSPECTS))} suspects', 'index.ipynb')
     digits = len(read_results(RESULTS/'digits_grid'))
     for name,n in (('digits',digits), ('MNIST',len(df))):

@@ -33,7 +33,7 @@ def test_one_line_examples_are_of_names_that_exist():
     short = [o for o in blocks('python') if 'import' not in o]
     assert len(short) == 2
     for name in re.findall(r'(\w+)\(', ''.join(short)):
-        assert hasattr(everything, name) or name in ('fine_tune','suspects'), name
+        assert hasattr(everything, name) or name in ('fit_one_cycle','suspects'), name
 
 @pytest.mark.parametrize('name', ('jocor_demo','jocor_audit'))
 def test_commands_exist(name):
