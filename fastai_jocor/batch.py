@@ -30,6 +30,7 @@ class Selection:
     no_label:int|None = None # The label that stands for a missing one; `None` if all items have labels
     multi_label:bool = False # Whether an item may have several labels
     n_classes:int|None = None # Number of classes
+    trained:bool = False # Whether the learner has trained its model before
     tells:bool = False # Whether the loader tells which items it yields
     named:bool = False # Whether labels are places in a vocabulary, so that one batch shows whether -100 occurs
     loss_func:Callable|None = None # The learner's own loss

@@ -7,7 +7,7 @@ __all__ = ['JoCorCallback']
 
 # %% ../nbs/08_callback.ipynb #729d910c
 import torch
-from typing import Literal
+from typing import Any, Literal
 from fastai.basics import *
 from .arguments import check_choice, check_number, check_whole
 from .losses import (check_co_lambda, check_contrast, Contrast, default_co_lambda, joint_loss,
@@ -34,7 +34,7 @@ class JoCorCallback(PeersCallback):
     Bad arguments raise a `ValueError` or a `TypeError` here; data that cannot be used do so before training.
     All details: https://fastai-jocor.github.io/fastai_jocor/reference/jocor_callback.html
     """
-    first_look = None # Function from a learner to items that are not trained on; `fastai_jocor.look` sets it
+    first_look:Any = None # From a learner to what is known of its labels; `fastai_jocor.look` sets it
     def __init__(self,
         k:int=2, # Number of peers, at least 1; 1: a single network by the same rule
         co_lambda:float|None=None, # Weight λ of the contrast, in [0, 1]; `None`: found in training, or 0.8

@@ -19,7 +19,7 @@ from .audit import suspect_scores
 # %% ../nbs/15_cleaning.ipynb #c1ea0010
 def cleaned(
     dls:DataLoaders, # In memory, from a `DataBlock`, or of a `TabularPandas`; one label per item
-    suspects:pd.DataFrame, # From `suspects()`: all rows, or those that you agree with; only training items count
+    suspects:pd.DataFrame, # From `suspects()`: all rows of training items, or those that you agree with
     how:str='drop' # `drop` them, or `relabel` them with their predicted labels
 )->DataLoaders: # With the same validation set; `noise` is the record of the remaining items
     "`DataLoaders` without the suspects, or with their predicted labels"
@@ -47,7 +47,7 @@ def _vocab_of(dls):
 def _of_training(suspects):
     "Rows of training items; an audit also lists validation items"
     if 'part' not in suspects: return suspects
-    of_train = suspects[suspects.part == 'train']
+    of_train = suspects[suspects.part.isin(['train',''])]
     if left := len(suspects)-len(of_train):
         warnings.warn(f"{left} of the {len(suspects)} suspects are not in the training set, and nothing is done about "
                       "them: the validation set stays as it is")

@@ -92,7 +92,7 @@ class ClipEach(Part):
     def before_fit(self):
         self.undo()
         self.limits = [(cb, cb.max_norm) for cb in self.learn.cbs if isinstance(cb, GradientClip)]
-        for cb,limit in self.limits: cb.max_norm = limit*self.owner.k**(1/cb.norm_type)
+        for cb,limit in self.limits: cb.max_norm = limit*self.owner.k**(1/float(cb.norm_type))
 
     def undo(self):
         for cb,limit in self.limits: cb.max_norm = limit

@@ -20,6 +20,7 @@ from .margins import doubt_of, evenness, margin_threshold, protection
 # %% ../nbs/03e_evidence.ipynb #09ca68ef
 class Evidence:
     "What a fit shows about wrong labels and about memorising"
+    barred = None # labels that were found wrong before, shape (n,), -1 for none; they are not trained on
     parts = 'margin','memory','prior','protection','bayes','doubt','memorising','growth','guess','contrast','hardness'
     def __init__(self,
         n:int, # Number of training items
@@ -38,7 +39,6 @@ class Evidence:
         self.votes = torch.full((n,), -1, device=device) # of a single network, in the epoch before
         self.running = torch.full((3,n_classes), 1/n_classes, device=device) # mean prediction, votes, labels
         self.judges = share is not None and share*k > .99 # whether every label is hidden from a peer
-        self.barred = None # items whose labels were found wrong before, shape (n,), bool; they are not trained on
         self.brake = 0.
         self.rows = [] # what each epoch has shown
 

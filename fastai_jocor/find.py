@@ -20,7 +20,8 @@ from .feature_loaders import FeatureItems, given_labels
 from .neighbours import far_out, near_duplicates, nearest
 from .certainty import in_words, summary_of
 from .audit import show_item, _class_names
-from .judge import by_heart, fine_tuned, fit_heads, has_features, Judgement, labels_follow, peer_log_probs
+from .judge import (by_heart, fine_tuned, fit_heads, has_features, Judgement, labels_follow,
+                                peer_log_probs)
 
 # %% ../nbs/16b_find.ipynb #a2088960
 def nearest_of(
@@ -103,7 +104,8 @@ def learned(self:LabelAudit)->bool: # `False`: a list of suspects would mean not
 @patch(as_prop=True)
 def trusted(self:LabelAudit)->bool: # `False`: the numbers are a guess
     "Whether the networks know enough to tell how many labels are wrong"
-    return self.judged['train'].trusted and self.cb.estimate.trusted and not self.by_heart
+    known = self.judged['train'].trusted and self.cb.estimate.trusted
+    return bool(self.learned and known and not self.by_heart)
 
 _by_heart = ('the body has probably learned these labels by heart, wrong ones included, so the heads find few of them: '
              'audit before training, or pass features=False')
@@ -111,10 +113,10 @@ _by_heart = ('the body has probably learned these labels by heart, wrong ones in
 def _check_part(part):
     if part not in (None,'train','valid'): raise ValueError(f"part={part!r} must be 'train', 'valid' or None for both")
 
-def _follow(heads, j):
-    "Whether labels follow features; looked at where peers hardly agree with labels that were hidden from them"
+def _follow(x, j):
+    "Whether labels follow features; looked at where peers hardly agree with hidden labels"
     if not j.learned or j.kappa > .3: return True
-    return labels_follow(heads.dls.train.dataset.x[j.known].cpu().numpy(), j.given[j.known])
+    return labels_follow(x[j.known].cpu().numpy(), j.given[j.known])
 
 @patch
 def expected_wrong(self:LabelAudit,
@@ -215,11 +217,12 @@ def audit_labels(
     with same_random_states(learn.dls.train):
         heads,cb = fit_heads(learn, k, epochs, lr, folder, features, seed, progress, **kwargs)
         on_features = isinstance(heads.dls.train.dataset, FeatureItems)
+        x = heads.dls.train.dataset.x if on_features else None
         known = nearest_of(heads.dls) if neighbours and on_features else None
         if fine_tune: heads,cb = fine_tuned(learn, heads, cb, fine_tune, progress=progress)
         audit = LabelAudit(learn, heads, cb, known)
         if on_features:
             audit.by_heart = by_heart(learn, *audit.judged.values())
-            audit.follow = _follow(heads, audit.judged['train'])
+            audit.follow = _follow(x, audit.judged['train'])
     if audit.learned and audit.by_heart: warnings.warn(_by_heart)
     return audit

@@ -12,7 +12,7 @@ from fastai.text.models.core import PoolingLinearClassifier
 from .copies import copied
 from .peers import Peers
 from .learner import *
-from .features import body_of, classifier_of, Pool
+from .features import body_of, classifier_of, HeadOnFeatures, Pool
 from .feature_loaders import feature_dls, FeatureItems
 
 # %% ../nbs/13c_heads.ipynb #591cfe0c
@@ -49,7 +49,7 @@ def _headed(model, projection, head):
     "A copy of a model with a projection and a head in place of its own head"
     model = copied(model)
     rest = nn.Sequential(projection, head)
-    if name := classifier_of(model): model.set_submodule(name, rest)
+    if name := classifier_of(model): model.set_submodule(name, HeadOnFeatures(*rest))
     elif isinstance(model[1], PoolingLinearClassifier): model[1].layers = rest
     else: model[1] = nn.Sequential(Pool(), *rest)
     return model

@@ -66,7 +66,7 @@ def other_labels(
 
 # %% ../nbs/06a_identity.ipynb #bb5e8185
 def _all_labels(ds):
-    "Labels of data sets that do not check them, as an array; `None` for others, and where reading takes the inputs"
+    "Labels of data sets that do not check them, as an array; `None` for others"
     if isinstance(ds, Subset):
         labels = _all_labels(ds.dataset)
         return None if labels is None else labels[np.asarray(ds.indices)]
@@ -80,17 +80,19 @@ def labels_outside(
     ds, # A training set
     n_classes:int, # Number of classes C
     no_label:int|None=None, # A label that stands for a missing one
-    idxs=(), # Positions of some items
-    y:Tensor|None=None # Their labels in a batch, shape (N,): if they are others, a transform changes them
+    idxs=None, # Positions of the items of an epoch, in their order; `None`: all
+    y:Tensor|None=None # Labels of its first batch, shape (N,): if they are others, a transform changes them
 )->dict: # Labels outside [0, C) by their positions; empty where labels are not known
     "Labels that are no class, in data sets of tensors, lists of pairs, and those with `targets`"
     try: labels = _all_labels(ds)
     except Exception: return {} # several labels an item, or none
     if labels is None or labels.ndim != 1 or labels.dtype.kind not in 'iu': return {}
-    if y is not None and not np.array_equal(labels[np.asarray(idxs[:len(y)])], y.cpu().numpy()): return {}
+    at = np.arange(len(labels)) if idxs is None else np.asarray(idxs)
+    labels = labels[at]
+    if y is not None and not np.array_equal(labels[:len(y)], y.cpu().numpy()): return {}
     outside = (labels < 0) | (labels >= n_classes)
     if no_label is not None: outside &= labels != no_label
-    return {int(i): int(labels[i]) for i in np.flatnonzero(outside)}
+    return {int(at[i]): int(labels[i]) for i in np.flatnonzero(outside)}
 
 # %% ../nbs/06a_identity.ipynb #3d0270cb
 def _mark(x):

@@ -13,7 +13,7 @@ from scipy.special import logsumexp
 from fastai.basics import *
 from .arguments import check_k, check_number, check_whole
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import cross_val_predict, KFold
+from sklearn.model_selection import cross_val_predict, StratifiedKFold
 from .interval import beats_chance, kappa, sure_error, wrong_share
 from .per_sample import first_output, is_multi_label, plain
 from .copies import copied, reset_weights
@@ -42,7 +42,8 @@ def has_features(
     if has_trained(learn): return False
     device = next(model.parameters()).device
     with torch.no_grad():
-        try: x = body.to(device).eval()(*to_device(first(in_order(learn.dls.train, range(2), progress=False)), device))
+        some = first(in_order(learn.dls.train, range(2), progress=False))
+        try: x = body.to(device).eval()(*to_device(some, device))
         except Exception: return False # the last linear layer that is defined is another one
     return x.shape[1:] == (model.get_submodule(name).in_features,)
 
@@ -167,7 +168,8 @@ class Judgement:
             sure = sure_error(vote, np.exp(untold.max(-1)), given)
             self.guess,self.low,self.high = wrong_share(right.mean(), sure, len(vote), self.alike)
             self.learned,self.kappa = beats_chance(vote, given),kappa(vote, given)
-        self.trusted = bool(self.learned and self.kappa >= .15 and self.alike >= .5 and self.high-self.low < .5)
+        agreed = self.learned and self.kappa >= .15 and self.alike >= .5
+        self.trusted = bool(agreed and self.high-self.low < .5)
 
     def _judge(self, posterior):
         "Probabilities of the classes; `p_wrong` is NaN for an item without a label"
@@ -196,12 +198,13 @@ def labels_follow(
     x:np.ndarray, # Features, shape (n, features)
     given:np.ndarray, # Given labels, shape (n,), class indices
     n:int=3000 # Most items to look at
-)->bool: # `False` also for fewer than six items
-    "Whether labels have to do with features: does a linear classifier, cross-validated, predict them beyond chance?"
+)->bool: # `True` also if there are too few items to tell
+    "Whether a linear classifier, cross-validated on features, predicts labels beyond chance"
     some = np.random.default_rng(0).permutation(len(given))[:n]
-    if len(some) < 6 or len(np.unique(given[some])) < 2: return False
+    some = some[(np.bincount(given[some]) >= 3)[given[some]]] # classes with an item in each fold
+    if len(np.unique(given[some])) < 2: return True
     linear = LogisticRegression(C=.1, class_weight='balanced', max_iter=300)
-    fold = KFold(3, shuffle=True, random_state=0)
+    fold = StratifiedKFold(3, shuffle=True, random_state=0)
     return beats_chance(cross_val_predict(linear, x[some], given[some], cv=fold), given[some])
 
 def _clearly_more(a, b, by):
@@ -218,12 +221,10 @@ def _is_frozen(body):
 @torch.no_grad()
 def _own_votes(learn, idxs):
     "Classes that the learner's own model predicts for some training items"
-    model = learn.model.peer(0) if isinstance(learn.model, Peers) else learn.model
-    device,mode = next(body_of(model).parameters()).device,model.training
-    model.to(device).eval()
+    model = copied(learn.model.peer(0) if isinstance(learn.model, Peers) else learn.model).eval()
+    device = next(model.parameters()).device
     say = lambda x: plain(first_output(model(*to_device(x, device)))).argmax(-1).cpu().numpy()
     said = [say(x) for x in in_order(learn.dls.train, idxs, 64, False)]
-    model.train(mode)
     return np.concatenate(said)
 
 def by_heart(

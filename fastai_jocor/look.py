@@ -9,6 +9,7 @@ __all__ = ['is_whole', 'first_look']
 import torch, warnings
 from fastai.basics import *
 from .peers import Peers
+from .order import same_random_states
 from .state import class_names_of
 from .callback import JoCorCallback
 from .features import classifier_of
@@ -28,16 +29,20 @@ def is_whole(
 
 def first_look(
     learn:Learner # Before its first step; left unchanged
-)->Tensor|None: # Shape (n,), bool; `None` if `is_whole` is `False`, or if the audit is not trusted
-    "Training items whose labels are probably wrong, by an audit of what a pretrained network sees"
-    if not is_whole(learn): return None
-    with warnings.catch_warnings():
+)->tuple|None: # Two tensors of shape (n,); `None` if the audit is not trusted, or not `is_whole`
+    "P(label is wrong), NaN without a label, and given labels, by an audit of what a pretrained network sees"
+    with warnings.catch_warnings(), same_random_states(learn.dls.train):
         warnings.simplefilter('ignore') # of a list that nobody reads
-        try: audit = audit_labels(learn, neighbours=False, progress=False)
+        try: audit,problem = _audit(learn),None
         except Exception as e: audit,problem = None,e
-    if audit is None:
-        warnings.warn(f"the labels could not be looked at before training ({problem}); training goes on without it")
-        return None
-    return torch.from_numpy(audit.judged['train'].p_wrong > .5) if audit.trusted else None
+    if problem is not None:
+        warnings.warn(f"the labels could not be looked at before training ({problem}); "
+                      "training goes on without it")
+    if audit is None or not audit.trusted: return None
+    found = audit.judged['train']
+    return torch.from_numpy(found.p_wrong), torch.from_numpy(found.given)
+
+def _audit(learn):
+    return audit_labels(learn, neighbours=False, progress=False) if is_whole(learn) else None
 
 JoCorCallback.first_look = staticmethod(first_look)

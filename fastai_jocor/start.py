@@ -48,7 +48,8 @@ def look_at_data(
     refuse_missing_labels(learn)
     with loaders_talk_over_the_cpu() if s.world > 1 else nullcontext(): idxs,targs = try_batch(learn, s)
     train = learn.dls.train
-    if s.tells and s.checked and not s.multi_label: _refuse_outside(train.dataset, s, idxs, targs[0])
+    if s.tells and s.checked and not s.multi_label:
+        _refuse_outside(train.dataset, s, ignored_label(learn.loss_func), idxs, targs[0])
     if s.tells and len(targs) == 1 and labels_differ(train.dataset, idxs, targs[0]):
         s.tells = False
         warnings.warn("the training loader yields other items than its `get_idxs` says, as their labels show, so "
@@ -60,9 +61,9 @@ def look_at_data(
     return s
 
 # %% ../nbs/07b_start.ipynb #d7615cae
-def _refuse_outside(ds, s, idxs, y):
+def _refuse_outside(ds, s, no_label, idxs, y):
     "Raise a `ValueError` if labels of any item are no class"
-    found = labels_outside(ds, s.n_classes, s.no_label, idxs, y)
+    found = labels_outside(ds, s.n_classes, no_label, idxs, y)
     if not found: return
     i,label = next(iter(found.items()))
     raise ValueError(f"{len(found)} of the {len(ds)} training labels lie outside [0, {s.n_classes}), such as {label} "
@@ -132,6 +133,7 @@ class MakePeers(Part):
     order = -8.5
     def before_fit(self):
         learn,o,s = self.learn,self.owner,self.learn.selection
+        s.trained = has_trained(learn)
         if not isinstance(learn.model, Peers):
             single = learn.model,learn.splitter,learn.opt
             learn.to_peers(o.k, o.models, o.init, self._seed(s))

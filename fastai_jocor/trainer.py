@@ -120,10 +120,10 @@ def _start_over_where_needed(self:PeersCallback, old):
         return
     if self.restart: self.estimate = None
     elif self.done and not isinstance(self.model, Peers): self._start_over('another model')
-    elif not self.done and isinstance(get_model(self.model), Peers) and has_trained(self.learn):
-        warnings.warn(f"the learner's peers were trained before, and this {type(self).__name__} knows nothing of that: "
-                      "it learns anew which labels are wrong; pass the same callback to each fit")
     elif other: self._start_over(f'on other {other}')
+    elif self.items is None and isinstance(get_model(self.model), Peers) and has_trained(self.learn):
+        warnings.warn("the learner's peers were trained before, and this callback knows nothing of that: it learns "
+                      "anew which labels are wrong; pass the same callback to each fit")
 
 @patch
 def _start_over(self:PeersCallback, trained):

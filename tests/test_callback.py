@@ -378,7 +378,9 @@ def test_a_bad_target_in_a_later_batch(wrong):
     y = torch.randint(0,4,(96,))
     y[90] = wrong
     learn = cells(y)
-    with pytest.raises(ValueError, match=r'must lie in \[0, 4\)'): learn.fit(1, cbs=JoCorCallback(forget_rate=.1))
+    model,msg = learn.model,rf'1 of the 96 training labels lie outside \[0, 4\), such as {wrong} at position 90'
+    with pytest.raises(ValueError, match=msg): learn.fit(1, cbs=JoCorCallback(forget_rate=.1))
+    assert learn.model is model
     y[90] = 0
     learn.dls = cells(y).dls
     learn.fit(1, cbs=JoCorCallback(forget_rate=.1))

@@ -330,6 +330,10 @@ def test_heads_go_back_on_a_pretrained_network(few):
     learn.take_heads(heads)
     assert isinstance(learn.model, Peers) and isinstance(learn.model.peer(0), torchvision.models.ResNet)
     torch.testing.assert_close(learn.get_preds()[0], heads.get_preds()[0], atol=1e-2, rtol=0)
+    learn.take_heads(heads) # as a cell of a notebook is run twice
+    torch.testing.assert_close(learn.get_preds()[0], heads.get_preds()[0], atol=1e-2, rtol=0)
+    again = feature_dls(learn, progress=False)
+    torch.testing.assert_close(again.train.dataset.x, heads.dls.train.dataset.x) # features of the same body
 
 def test_a_network_that_a_learner_has_trained_is_no_body(few):
     learn = plain_learner(few)

@@ -1,9 +1,10 @@
 "The look at the labels before a pretrained network is trained whole."
-import pytest, torch, torchvision
-from fastai.vision.all import (accuracy, DataBlock, get_image_files, ImageBlock, Learner, params,
+import numpy as np, pandas as pd, pytest, torch, torchvision
+from fastai.vision.all import (accuracy, Callback, DataBlock, get_image_files, ImageBlock, Learner, params,
     parent_label, RandomSplitter, Resize, resnet18, set_seed, vision_learner)
 from fastai_jocor import look
-from fastai_jocor.all import JoCorCallback, LabelAudit, NoisyCategoryBlock, Symmetric
+from fastai_jocor.all import cleaned, JoCorCallback, LabelAudit, NoisyCategoryBlock, Symmetric
+from fastai_jocor.feature_loaders import given_labels
 from fastai_jocor.evidence import Evidence, evidence_state, load_evidence
 from learners import digits, quiet, same, weights
 from pictures import digit_files
@@ -17,6 +18,7 @@ def pretrained(dls, **kwargs):
     "A network of torchvision whose normalisation layers look pretrained, in a plain learner"
     set_seed(0)
     net = torchvision.models.resnet18(num_classes=3)
+    net.avgpool = torch.nn.Sequential(net.avgpool, torch.nn.Dropout(.2)) # it draws random numbers
     for m in net.modules():
         if isinstance(m, torch.nn.BatchNorm2d): torch.nn.init.uniform_(m.weight, .8, 1.2)
     set_seed(0)
@@ -38,7 +40,7 @@ def looks(monkeypatch):
 def test_items_that_are_found_are_never_trained_on(dls):
     learn,cb = pretrained(dls),JoCorCallback(k=2)
     learn.fit(2, 1e-3, cbs=cb)
-    barred,wrong = cb.evidence.barred.cpu().numpy(),dls.noise.flipped
+    barred,wrong = cb.evidence.barred.cpu().numpy() >= 0,dls.noise.flipped
     assert wrong[barred].mean() > .7 and wrong[barred].sum() > .5*wrong.sum()
     seen = cb.items.seen.cpu().numpy() > 0
     kept = cb.items.kept.cpu().numpy()
@@ -84,7 +86,8 @@ def test_a_look_that_fails_is_no_obstacle(dls, monkeypatch):
 def test_barred_items_count_towards_the_share_to_drop(monkeypatch):
     learn = digits(noise=Symmetric(.3))
     wrong = torch.as_tensor(learn.dls.noise.flipped)
-    monkeypatch.setattr(JoCorCallback, 'first_look', staticmethod(lambda learn: wrong))
+    given = torch.as_tensor(given_labels(learn.dls.train))
+    monkeypatch.setattr(JoCorCallback, 'first_look', staticmethod(lambda learn: (wrong.float(), given)))
     cb = JoCorCallback(k=2, forget_rate=.3)
     learn.fit_one_cycle(12, 1e-2, cbs=cb)
     last = cb.history.iloc[-1]
@@ -92,8 +95,54 @@ def test_barred_items_count_towards_the_share_to_drop(monkeypatch):
 
 def test_what_is_barred_outlasts_an_interruption():
     e = Evidence(6, 2, 3)
-    e.barred = torch.tensor([True,False]*3)
+    e.barred = torch.tensor([2,-1]*3)
     state = evidence_state(e)
     assert torch.equal(load_evidence(Evidence(6, 2, 3), state).barred, e.barred)
     del state['barred'] # as written by an earlier version
     assert load_evidence(Evidence(6, 2, 3), state).barred is None
+
+def test_items_whose_labels_were_corrected_are_trained_on(dls):
+    learn,cb = pretrained(dls),JoCorCallback(k=2)
+    learn.fit(1, 1e-3, cbs=cb)
+    barred = np.flatnonzero(cb.evidence.barred.cpu() >= 0)
+    names = [dls.vocab[i] for i in dls.noise.true[barred]]
+    changed = barred[dls.noise.flipped[barred]]
+    rows = pd.DataFrame(dict(position=barred, predicted_label=names)).query('position in @changed')
+    before = cb.items.kept.cpu()[changed]
+    learn.dls = cleaned(dls, rows, 'relabel')
+    learn.fit(2, 1e-3, cbs=cb)
+    assert not before.any()
+    assert (cb.items.kept.cpu()[changed] > 0).float().mean() > .8
+
+@pytest.mark.parametrize('tau', (0., .05))
+def test_no_more_is_barred_than_the_user_says_is_wrong(dls, tau):
+    learn,cb = pretrained(dls),JoCorCallback(k=2, forget_rate=tau)
+    learn.fit(1, 1e-3, cbs=cb)
+    assert int((cb.evidence.barred >= 0).sum()) == np.ceil(tau*len(dls.train_ds))
+
+def test_a_network_that_the_learner_has_trained_is_not_looked_at(dls, looks):
+    learn = pretrained(dls)
+    learn.fit(1, 1e-3)
+    with pytest.warns(UserWarning, match='has trained its model before'): learn.fit(1, 1e-3, cbs=JoCorCallback(k=2))
+    assert not looks
+
+def test_an_audit_that_has_learned_nothing_bars_nothing(dls, monkeypatch):
+    monkeypatch.setattr(LabelAudit, 'follow', False)
+    monkeypatch.setattr('fastai_jocor.find._follow', lambda *_: False)
+    assert look.first_look(pretrained(dls)) is None
+
+def test_layers_that_another_callback_has_frozen_stay_so(dls):
+    class Freeze(Callback):
+        def before_train(self):
+            for m in self.model.modules():
+                if isinstance(m, torch.nn.BatchNorm2d): m.eval()
+    learn = pretrained(dls)
+    cb,freeze = JoCorCallback(k=2),Freeze()
+    bn = []
+    class Watch(Callback):
+        order = 20
+        def before_batch(self):
+            if self.training and not bn:
+                bn.extend(m.training for m in self.model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    learn.fit(1, 1e-3, cbs=[cb, freeze, Watch()])
+    assert len(bn) == 40 and not any(bn) and cb.evidence.barred is not None

@@ -166,7 +166,7 @@ def test_a_new_callback_on_trained_peers_is_said_to_know_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
         for _ in range(2): learn.fit(2, 1e-2, cbs=cb)
-    with pytest.warns(UserWarning, match='peers were trained before, and this JoCorCallback knows nothing of that'):
+    with pytest.warns(UserWarning, match='peers were trained before, and this callback knows nothing of that'):
         learn.fit(1, 1e-2, cbs=JoCorCallback(k=2))
 
 @pytest.mark.parametrize('make', [lambda x, y: TensorDataset(x, y), lambda x, y: list(zip(x, y))])
@@ -192,3 +192,23 @@ def test_a_table_whose_classes_fastai_took_for_numbers():
     df = pd.DataFrame(dict(x=np.random.default_rng(0).normal(size=200), y=np.arange(200) % 2))
     learn = quiet(tabular_learner(TabularDataLoaders.from_df(df, y_names='y', cont_names=['x'], bs=32), layers=[8]))
     with pytest.raises(ValueError, match='y_block=CategoryBlock'): learn.fit(1, cbs=JoCorCallback(k=2))
+
+def test_labels_of_items_that_the_loader_never_draws_may_be_missing():
+    x,y = torch.randn(100, 64),torch.arange(100) % 10
+    y[50:] = -1
+    dl = DataLoader(TensorDataset(x, y), bs=10, get_idxs=lambda: list(range(50)))
+    learn = quiet(Learner(DataLoaders(dl, dl), jocor_mlp(10, 64), loss_func=CrossEntropyLossFlat()))
+    learn.fit(1, cbs=JoCorCallback(k=2))
+
+def test_other_items_after_a_fit_that_was_interrupted_in_its_first_epoch():
+    def loaders(n):
+        dl = DataLoader(TensorDataset(X[:n], Y[:n]), bs=16)
+        return DataLoaders(dl, dl)
+    class Stop(Callback):
+        order = 70
+        def after_batch(self): raise KeyboardInterrupt
+    learn,cb = quiet(Learner(loaders(64), jocor_mlp(10, 64), loss_func=CrossEntropyLossFlat())),JoCorCallback(k=2)
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=[cb, Stop()])
+    learn.dls = loaders(120)
+    learn.fit(1, cbs=cb)
+    assert cb.items.n == 120

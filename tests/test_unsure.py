@@ -29,6 +29,7 @@ def test_labels_that_have_nothing_to_do_with_the_items_are_no_knowledge(tmp_path
     x = np.random.default_rng(0).normal(size=(900,64))
     y = np.random.default_rng(1).integers(0, 10, 900)
     assert not labels_follow(x, y) and labels_follow(x, (x[:,0] > 0).astype(int))
+    assert labels_follow(x[:300], (np.arange(300) == 7).astype(int)) # one item of a class: nothing can be said
     _,learn = noise_only(tmp_path)
     audit = audit_labels(learn, progress=False, folder=tmp_path)
     assert not audit.learned and not len(audit.suspects())
