@@ -24,8 +24,8 @@ from .columns import ColumnLabels
 from .blocks import make_noise, NoisyCategoryBlock, show_flipped
 from .files import load_ledger, read_table, save_ledger, write_table
 from .audit import rank_suspects
-from .estimated_noise import estimated_record as _ # gives callbacks `transition`, `plot_transition`
-from .look import first_look as _ # gives `JoCorCallback` its `first_look`
+from .estimated_noise import estimated_record as _record # gives callbacks `transition`, `plot_transition`
+from .look import first_look as _look # gives `JoCorCallback` its `first_look`
 from .cleaning import cleaned
 from .feature_loaders import feature_dls
 from .heads import feature_learner
