@@ -9,8 +9,9 @@ __all__ = ['carried', 'in_words', 'summary_of', 'Certainty']
 import numpy as np
 from scipy.stats import rankdata
 from sklearn.isotonic import IsotonicRegression
+from sklearn.metrics import cohen_kappa_score
 from .ledger import Ledger, NoiseEstimate
-from .interval import beats_chance, kappa
+from .interval import beats_chance
 from .evidence import Evidence
 from .posterior import LabelPosterior, shifted
 
@@ -73,7 +74,8 @@ class Certainty:
         self.estimate,self.alike = estimate,evidence.latest['alike']
         self.n = int((~np.isnan(score)).sum())
         votes = log_p.argmax(-1)
-        self.learned,self.kappa = beats_chance(votes, given[at]),kappa(votes, given[at])
+        self.learned = beats_chance(votes, given[at])
+        self.kappa = cohen_kappa_score(votes, given[at]) if self.learned else 0.
         self.p_wrong = np.full(len(score), np.nan)
         if self.learned: self._judge(at, log_p, given[at], score, evidence.hidden.cpu().numpy() >= 0)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sure_error', 'error_floor', 'wrong_not_hard', 'chance_error', 'wrong_share', 'drop_limit', 'guess_to_drop',
-           'chance_agreement', 'kappa', 'beats_chance']
+           'chance_agreement', 'beats_chance']
 
 # %% ../nbs/02b_interval.ipynb #39ed5386
 import math, numpy as np
@@ -98,14 +98,6 @@ def chance_agreement(
     "How often votes would agree with labels if they had nothing to do with each other"
     n = max(votes.max(), given.max())+1
     return float((np.bincount(votes, minlength=n)*np.bincount(given, minlength=n)).sum()/len(given)**2)
-
-def kappa(
-    votes:np.ndarray, # Predicted labels, shape (m,), class indices
-    given:np.ndarray # Given labels, shape (m,), class indices
-)->float: # At most 1; 0 by chance, and where chance would always agree, or there are no labels
-    "How far votes agree with labels beyond chance (Cohen 1960)"
-    chance = chance_agreement(votes, given) if len(given) else 1.
-    return float(((votes == given).mean()-chance)/(1-chance)) if chance < 1 else 0.
 
 def beats_chance(
     votes:np.ndarray, # Predicted labels, shape (m,), class indices

@@ -10,11 +10,12 @@ __all__ = ['has_features', 'default_epochs', 'default_batch', 'NoValidation', 'f
 import numpy as np
 from contextlib import nullcontext
 from scipy.special import logsumexp
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import cohen_kappa_score
+from sklearn.model_selection import cross_val_predict, StratifiedKFold
 from fastai.basics import *
 from .arguments import check_k, check_number, check_whole
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import cross_val_predict, StratifiedKFold
-from .interval import beats_chance, kappa, sure_error, wrong_share
+from .interval import beats_chance, sure_error, wrong_share
 from .per_sample import first_output, is_multi_label, plain
 from .copies import copied, reset_weights
 from .peers import Peers
@@ -167,7 +168,8 @@ class Judgement:
             self.alike = float((twins == vote)[told].mean())
             sure = sure_error(vote, np.exp(untold.max(-1)), given)
             self.guess,self.low,self.high = wrong_share(right.mean(), sure, len(vote), self.alike)
-            self.learned,self.kappa = beats_chance(vote, given),kappa(vote, given)
+            self.learned = beats_chance(vote, given)
+            self.kappa = cohen_kappa_score(vote, given) if self.learned else 0.
         agreed = self.learned and self.kappa >= .15 and self.alike >= .5
         self.trusted = bool(agreed and self.high-self.low < .5)
 
