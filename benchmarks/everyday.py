@@ -24,7 +24,8 @@ Each row of results/everyday.csv is one run: a cell (data, noise, epochs, learni
 are there are not run again. The learners are ordinary fastai learners. Their labels are corrupted before they see them,
 so that no callback can look up the truth: where τ is not given, it has to be estimated. `averaged` is the mean
 probability of three plain networks. `no_look`, which runs where `--only` names it, is the default without its first
-look at the labels, which makes a difference only where a pretrained network is trained whole (*clothing_timm*).
+look at the labels, which makes a difference only where a pretrained body is trained (*clothing_photos*,
+*clothing_timm*, *cifar3k*).
 """
 import os, time, warnings, numpy as np, pandas as pd, torch
 from collections import namedtuple

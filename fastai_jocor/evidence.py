@@ -8,6 +8,7 @@ __all__ = ['Evidence', 'evidence_state', 'load_evidence', 'adjusted_margin', 'fo
 
 # %% ../nbs/03e_evidence.ipynb #569a28fe
 import math, torch
+from dataclasses import asdict, replace
 from fastcore.basics import patch
 from torch import Tensor
 from .losses import default_co_lambda
@@ -21,6 +22,7 @@ from .margins import doubt_of, evenness, margin_threshold, protection
 class Evidence:
     "What a fit shows about wrong labels and about memorising"
     barred = None # labels that were found wrong before, shape (n,), -1 for none; they are not trained on
+    known:NoiseEstimate|None = None # how many are wrong, if that was found before: a `NoiseEstimate`
     parts = 'margin','memory','prior','protection','bayes','doubt','memorising','growth','guess','contrast','hardness'
     def __init__(self,
         n:int, # Number of training items
@@ -56,8 +58,8 @@ class Evidence:
 
     @property
     def U(self):
-        "Largest plausible share of wrong labels, in [0, 1]: τ, or the upper end of the interval"
-        return self.best['high'] if self.tau is None else self.tau
+        "Largest plausible share of wrong labels, in [0, 1]: the share that was told, or the upper end of the interval"
+        return self.best['high'] if self.told is None else self.told
 
     @property
     def threshold(self):
@@ -74,6 +76,12 @@ class Evidence:
 
 # %% ../nbs/03e_evidence.ipynb #c4ed1701
 @patch(as_prop=True)
+def told(self:Evidence)->float|None: # In [0, 1); `None` if nobody has
+    "The share of wrong labels that the user, or a look at the labels before, has told"
+    if self.tau is not None or self.known is None: return self.tau
+    return self.known.rate
+
+@patch(as_prop=True)
 def flat(self:Evidence)->float: # About 1 if so, smaller if not; below 0 if the surest are hardly contradicted
     "Are surer predictions contradicted as often as others? `floor` divided by `sure`, over three epochs"
     sure,floor = (sum(row.get(o, row['sure']) for row in self.rows[-3:]) for o in ('sure','floor'))
@@ -81,8 +89,8 @@ def flat(self:Evidence)->float: # About 1 if so, smaller if not; below 0 if the 
 
 @patch(as_prop=True)
 def credit(self:Evidence)->float: # In [0, 1]
-    "How far contradictions count as wrong labels: 1 if `tau` is given and in audits, 0 if items are only hard"
-    if self.tau is not None or self.judges or not self.rows or not self.has('hardness'): return 1.
+    "How far contradictions count as wrong labels: 1 in audits and if a share is `told`, 0 if items are only hard"
+    if self.told is not None or self.judges or not self.rows or not self.has('hardness'): return 1.
     now,flat,best = self.latest,self.flat,self.best['out']
     credit = wrong_not_hard(flat)*max(min((flat-.75)/.15, 1.), min((now['inside']-now['out']-.01)/.04, 1.), 0.)
     fall = best-now['out']-chance_error(best, now['n']) # of hidden labels that are predicted
@@ -92,7 +100,7 @@ def credit(self:Evidence)->float: # In [0, 1]
 def R(self:Evidence)->float: # In [0, U]
     "Least share to drop"
     if not self.has('guess') or len(self.rows) < 2: return self.brake
-    best,guess = self.best,self.tau
+    best,guess = self.best,self.told
     if guess is None: guess = best['rate'] if self.judges else guess_to_drop(best['rate'], best['low'], best['n'])
     return max(self.brake, self.credit*guess*min(1., max(0., (self.latest['alike']-.7)/.2)))
 
@@ -104,7 +112,8 @@ def evidence_state(
 )->dict: # Plain values and tensors; `None` without evidence
     "What an interrupted fit needs to go on"
     if e is None: return None
-    return {name: getattr(e, name) for name in _kept} | dict(hidden=e.hidden, untold=e.untold.state())
+    known = None if e.known is None else asdict(e.known)
+    return {name: getattr(e, name) for name in _kept} | dict(hidden=e.hidden, untold=e.untold.state(), known=known)
 
 def load_evidence(
     e:Evidence, # Made for the same items, peers and classes
@@ -114,7 +123,8 @@ def load_evidence(
     for name in ('margin','votes','running','hidden'):
         setattr(e, name, state[name].to(e.margin.device).clone())
     e.brake,e.rows = state['brake'],list(state['rows'])
-    barred = state.get('barred')
+    barred,known = state.get('barred'),state.get('known')
+    e.known = None if known is None else NoiseEstimate(**known)
     e.barred = None if barred is None else barred.to(e.margin.device).clone()
     e.untold = Untold(e.hidden, int((state['hidden'] >= 0).sum()), e.n_classes)
     e.untold.load_state(state['untold'])
@@ -211,8 +221,8 @@ def close_epoch(
 def brake_limit(
     e:Evidence # After an epoch
 )->float: # In [0, U]
-    "Largest share that the brake drops: τ, the `drop_limit` as far as it counts, or U in an audit"
-    if e.tau is not None or e.judges: return e.U
+    "Largest share that the brake drops: what is told, the `drop_limit` as far as it counts, or U in an audit"
+    if e.told is not None or e.judges: return e.U
     best = e.best
     return e.credit*drop_limit(best['out'], best['sure'], best['n'], best['rate'], best['high'])
 
@@ -222,7 +232,7 @@ def next_brake(
     "The brake, which rises while the peers memorise"
     if not e.has('memorising') or len(e.rows) < 2: return min(e.brake, brake_limit(e))
     now,before = e.rows[-1],e.rows[max(len(e.rows)-3, 0)]
-    if e.tau is None and e.best['sure'] <= chance_error(e.best['sure'], e.best['n']): return 0.
+    if e.told is None and e.best['sure'] <= chance_error(e.best['sure'], e.best['n']): return 0.
     growth = max(0., now['out']-before['out']) if e.has('growth') else 0.
     press = max(0., now['inside']-now['out']-.01-1.5*growth)
     return min(brake_limit(e), e.brake+min(.25, 2*press*now['n']/(now['n']+100)))
@@ -231,6 +241,7 @@ def estimate_from(
     e:Evidence, # After an epoch or more
     doubt:float=0. # Share of predictions in which the peers differ
 )->NoiseEstimate: # With an interval
-    "Estimate how many labels are wrong, from the epoch with the largest `out`"
+    "How many labels are wrong: as known before, or estimated from the epoch with the largest `out`"
+    if e.known is not None: return replace(e.known, doubt=doubt)
     low,high,sure = (e.best[o] for o in ('low','high','sure'))
     return NoiseEstimate(min(e.best['rate'], .95), sure, sure, doubt, high-low < .5, low, high)

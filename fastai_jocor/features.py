@@ -83,6 +83,15 @@ def _laid_out(x):
     pictures = isinstance(x, Tensor) and x.ndim == 4 and x.device.type == 'cpu'
     return x.contiguous(memory_format=torch.channels_last) if pictures else x
 
+@contextmanager
+def _evaluating(model):
+    "Evaluation mode, and then each layer's own mode again"
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try: yield
+    finally:
+        for m,mode in modes: m.training = mode
+
 @torch.no_grad()
 def read_features(
     body:nn.Module, # From `body_of`
@@ -93,10 +102,10 @@ def read_features(
 )->object: # Yields arrays of shape (bs, features), float16
     "Compute the features of items of a data set, batch by batch, in order"
     device = next(body.parameters()).device
-    body.eval()
-    for x in in_order(dl, idxs, bs, progress):
-        x = map(_laid_out, to_device(x, device))
-        yield to_detach(body(*x)).float().clamp(-65504, 65504).cpu().numpy().astype(np.float16)
+    with _evaluating(body):
+        for x in in_order(dl, idxs, bs, progress):
+            x = map(_laid_out, to_device(x, device))
+            yield to_detach(body(*x)).float().clamp(-65504, 65504).cpu().numpy().astype(np.float16)
 
 # %% ../nbs/13_features.ipynb #e3aa0e35
 def _files_of(ds, item):

@@ -15,6 +15,7 @@ from sklearn.metrics import cohen_kappa_score
 from sklearn.model_selection import cross_val_predict, StratifiedKFold
 from fastai.basics import *
 from .arguments import check_k, check_number, check_whole
+from .ledger import NoiseEstimate
 from .interval import beats_chance, sure_error, wrong_share
 from .per_sample import first_output, is_multi_label, plain
 from .copies import copied, reset_weights
@@ -98,6 +99,7 @@ def fit_heads(
     set_seed(seed)
     if hasattr(dls.train, 'rng'): dls.train.rng.seed(seed)
     heads = feature_learner(learn, dls, metrics=[]) if features else _whole_model(learn)
+    kwargs['without'] = *kwargs.get('without', ()),'look'
     cb = JoCorCallback(k=k, hidden=1/k, seed=seed, rule='evidence', **kwargs)
     epochs = epochs or default_epochs(len(dls.train.dataset))
     with heads.no_logging(), nullcontext() if progress and not features else heads.no_bar():
@@ -182,7 +184,8 @@ class Judgement:
         self.of_classes[known] = np.mean([self.posterior.of_classes(o[known], given) for o in both], 0)
         raw = 1-self.of_classes[known,given]
         mean = max(self.guess, raw.mean()) if len(raw) else self.guess
-        self.rate = float(np.clip(mean, self.low, self.high))
+        self.rate = rate = float(np.clip(mean, self.low, self.high))
+        self.estimate = NoiseEstimate(rate, rate, rate, 1-self.alike, self.trusted, self.low, self.high)
         self.p_wrong = np.full(len(known), np.nan)
         if not len(raw): return
         fits = posterior is not None and self.low <= raw.mean() <= self.high # fitted to others, and right for these

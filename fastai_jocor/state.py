@@ -151,7 +151,8 @@ class FitState:
     def labels_changed(self):
         "Forget how many labels looked wrong, because most labels have changed since"
         self.estimate = self.early = None
-        if self.evidence is not None: self.evidence.rows,self.evidence.brake = [],0.
+        if self.evidence is None: return
+        self.evidence.rows,self.evidence.brake,self.evidence.known = [],0.,None
 
     _kept = ('rows','done','before','R','least','gradual','warm_up')
 

@@ -45,7 +45,7 @@ def tell_scarce(
 class Weigh(Part):
     "Gather evidence of wrong labels and of memorising, and select by it"
     order = 6
-    barred = None # labels from a look before the first step
+    found = None # what a look has found before the first step
     def before_fit(self):
         o = self.owner
         if o.restart and not o.finding: o.evidence = o.early = None
@@ -55,7 +55,7 @@ class Weigh(Part):
     def before_train(self):
         o = self.owner
         self.learn.selection.evidence = None if o.finding else o.evidence
-        if o.by_evidence and not o.finding and o.evidence is None: self.barred = self._look()
+        if o.by_evidence and not o.finding and o.evidence is None: self.found = self._look()
 
     @property
     def frozen(self):
@@ -71,7 +71,7 @@ class Weigh(Part):
         o = self.owner
         o.evidence = Evidence(len(o.source), o.k, s.logits.shape[-1], o.seed or 0, self.tau, s.device, o.without,
                               o.hidden)
-        o.evidence.barred = self.barred
+        if self.found is not None: o.evidence.barred,o.evidence.known = self.found
         s.evidence = o.evidence
         return o.evidence
 
@@ -109,13 +109,13 @@ def most_suspect(
 
 @patch
 def _look(self:Weigh):
-    "Labels that are found wrong before the first step, shape (n,); -1 for other items"
+    "Labels that are found wrong before the first step, shape (n,), -1 for other items; an estimate of how many are"
     o,s = self.owner,self.learn.selection
     if o.first_look is None or 'look' in o.without or s.trained or s.world > 1: return None
     found = o.first_look(self.learn)
     if found is None: return None
-    p_wrong,given = found
-    return torch.where(most_suspect(p_wrong, self.tau), given, -1).to(s.device)
+    p_wrong,given,estimate = found
+    return torch.where(most_suspect(p_wrong, self.tau), given, -1).to(s.device), estimate
 
 # %% ../nbs/07c_weigh.ipynb #ab142987
 def _and(a, b): return b if a is None else a & b

@@ -1,9 +1,10 @@
-"The look at the labels before a pretrained network is trained whole."
+"The look at the labels before a pretrained body is trained."
 import numpy as np, pandas as pd, pytest, torch, torchvision
 from fastai.vision.all import (accuracy, Callback, DataBlock, get_image_files, ImageBlock, Learner, params,
     parent_label, RandomSplitter, Resize, resnet18, set_seed, vision_learner)
 from fastai_jocor import look
-from fastai_jocor.all import cleaned, JoCorCallback, LabelAudit, NoisyCategoryBlock, Symmetric
+from fastai_jocor.all import (audit_labels, cleaned, feature_learner, JoCorCallback, LabelAudit, NoiseEstimate,
+    NoisyCategoryBlock, Symmetric)
 from fastai_jocor.feature_loaders import given_labels
 from fastai_jocor.evidence import Evidence, evidence_state, load_evidence
 from learners import digits, quiet, same, weights
@@ -67,13 +68,46 @@ def test_the_callback_looks_once(dls, looks):
     pretrained(dls).fit(1, 1e-3, cbs=JoCorCallback.paper(forget_rate=.2))
     assert len(looks) == 1
 
-def test_where_there_is_nothing_to_look_at(dls):
-    split = lambda m: [params(m.conv1), params(m.fc)]
-    frozen = pretrained(dls, splitter=split)
-    frozen.freeze()
-    assert look.is_whole(pretrained(dls)) and not look.is_whole(frozen)
-    assert not look.is_whole(vision_learner(dls, resnet18, pretrained=False))
-    assert not look.is_whole(quiet(Learner(dls, torchvision.models.resnet18(num_classes=3))))
+def as_pretrained(learn):
+    "With the normalisation layers of a pretrained body"
+    for m in learn.model[0].modules():
+        if isinstance(m, torch.nn.BatchNorm2d): torch.nn.init.uniform_(m.weight, .8, 1.2)
+    return quiet(learn)
+
+def test_what_is_looked_at(dls):
+    learn = as_pretrained(vision_learner(dls, resnet18, pretrained=False))
+    assert look.is_pretrained(learn) and look.is_pretrained(pretrained(dls))
+    learn.freeze()
+    assert look.is_pretrained(learn)
+    assert not look.is_pretrained(vision_learner(dls, resnet18, pretrained=False))
+    assert not look.is_pretrained(quiet(Learner(dls, torchvision.models.resnet18(num_classes=3))))
+    assert not look.is_pretrained(feature_learner(learn))
+    learn.fit(1, 1e-3)
+    assert not look.is_pretrained(learn)
+
+def test_a_frozen_body_is_looked_at_once_before_fine_tuning(dls):
+    learn,cb = as_pretrained(vision_learner(dls, resnet18, pretrained=False)),JoCorCallback(k=2)
+    learn.fine_tune(2, 1e-3, freeze_epochs=2, cbs=cb)
+    barred,wrong = cb.evidence.barred.cpu().numpy() >= 0,dls.noise.flipped
+    assert wrong[barred].mean() > .7 and wrong[barred].sum() > .5*wrong.sum()
+    assert not cb.items.kept.cpu().numpy()[barred].any() and len(cb.history) == 4
+    assert (cb.items.kept.cpu().numpy()[~barred] > 0).mean() > .9
+    assert cb.estimate.low < wrong.mean() < cb.estimate.high
+    assert cb.estimate.rate == cb.evidence.known.rate == cb.evidence.told
+
+def test_layers_are_in_training_mode_after_the_look(dls):
+    seen = []
+    class Watch(Callback):
+        order = 20
+        def before_batch(self):
+            if self.training: seen.append(all(m.training for m in self.model.modules()))
+    as_pretrained(vision_learner(dls, resnet18, pretrained=False)).fit(1, 1e-3, cbs=[JoCorCallback(k=2), Watch()])
+    assert seen and all(seen)
+
+def test_the_audit_of_a_learner_does_not_look_first(dls, looks):
+    audit_labels(pretrained(dls), k=2, epochs=1, features=False, progress=False)
+    audit_labels(as_pretrained(vision_learner(dls, resnet18, pretrained=False)), epochs=1, fine_tune=1, progress=False)
+    assert not looks
 
 def test_a_look_that_fails_is_no_obstacle(dls, monkeypatch):
     def fail(*args, **kwargs): raise RuntimeError('no space left')
@@ -87,19 +121,22 @@ def test_barred_items_count_towards_the_share_to_drop(monkeypatch):
     learn = digits(noise=Symmetric(.3))
     wrong = torch.as_tensor(learn.dls.noise.flipped)
     given = torch.as_tensor(given_labels(learn.dls.train))
-    monkeypatch.setattr(JoCorCallback, 'first_look', staticmethod(lambda learn: (wrong.float(), given)))
+    known = NoiseEstimate(.3, .3, .3, 0., True, .2, .4)
+    monkeypatch.setattr(JoCorCallback, 'first_look', staticmethod(lambda learn: (wrong.float(), given, known)))
     cb = JoCorCallback(k=2, forget_rate=.3)
     learn.fit_one_cycle(12, 1e-2, cbs=cb)
     last = cb.history.iloc[-1]
-    assert last.label_precision == 1 and last.kept > .6 and cb.estimate.low < .3 < cb.estimate.high
+    assert last.label_precision == 1 and last.kept > .6 and (cb.estimate.low,cb.estimate.high) == (.2,.4)
 
 def test_what_is_barred_outlasts_an_interruption():
     e = Evidence(6, 2, 3)
-    e.barred = torch.tensor([2,-1]*3)
+    e.barred,e.known = torch.tensor([2,-1]*3),NoiseEstimate(.3, .3, .3, 0., True, .2, .4)
     state = evidence_state(e)
-    assert torch.equal(load_evidence(Evidence(6, 2, 3), state).barred, e.barred)
-    del state['barred'] # as written by an earlier version
-    assert load_evidence(Evidence(6, 2, 3), state).barred is None
+    again = load_evidence(Evidence(6, 2, 3), state)
+    assert torch.equal(again.barred, e.barred) and again.known == e.known and again.told == .3
+    del state['barred'],state['known'] # as written by an earlier version
+    again = load_evidence(Evidence(6, 2, 3), state)
+    assert again.barred is None and again.told is None
 
 def test_items_whose_labels_were_corrected_are_trained_on(dls):
     learn,cb = pretrained(dls),JoCorCallback(k=2)
