@@ -15,7 +15,6 @@ from sklearn.metrics import cohen_kappa_score
 from sklearn.model_selection import cross_val_predict, StratifiedKFold
 from fastai.basics import *
 from .arguments import check_k, check_number, check_whole
-from .ledger import NoiseEstimate
 from .interval import beats_chance, sure_error, wrong_share
 from .per_sample import first_output, is_multi_label, plain
 from .copies import copied, reset_weights
@@ -184,8 +183,7 @@ class Judgement:
         self.of_classes[known] = np.mean([self.posterior.of_classes(o[known], given) for o in both], 0)
         raw = 1-self.of_classes[known,given]
         mean = max(self.guess, raw.mean()) if len(raw) else self.guess
-        self.rate = rate = float(np.clip(mean, self.low, self.high))
-        self.estimate = NoiseEstimate(rate, rate, rate, 1-self.alike, self.trusted, self.low, self.high)
+        self.rate = float(np.clip(mean, self.low, self.high))
         self.p_wrong = np.full(len(known), np.nan)
         if not len(raw): return
         fits = posterior is not None and self.low <= raw.mean() <= self.high # fitted to others, and right for these

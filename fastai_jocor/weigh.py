@@ -115,7 +115,8 @@ def _look(self:Weigh):
     found = o.first_look(self.learn)
     if found is None: return None
     p_wrong,given,estimate = found
-    return torch.where(most_suspect(p_wrong, self.tau), given, -1).to(s.device), estimate
+    share = estimate.rate if self.tau is None else min(self.tau, estimate.rate)
+    return torch.where(most_suspect(p_wrong, share), given, -1).to(s.device), estimate
 
 # %% ../nbs/07c_weigh.ipynb #ab142987
 def _and(a, b): return b if a is None else a & b

@@ -10,7 +10,7 @@ from fastai_jocor.evidence import Evidence, evidence_state, load_evidence
 from learners import digits, quiet, same, weights
 from pictures import digit_files
 
-def pictures(folder, n=400, noise=Symmetric(.25)):
+def pictures(folder, n=1500, noise=Symmetric(.25)):
     block = DataBlock((ImageBlock, NoisyCategoryBlock(noise, seed=0)), get_items=lambda p: get_image_files(p).sorted(),
                       get_y=parent_label, splitter=RandomSplitter(seed=0), item_tfms=Resize(32))
     return block.dataloaders(digit_files(folder, n), bs=32, num_workers=0)
