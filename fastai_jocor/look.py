@@ -29,11 +29,12 @@ def is_pretrained(
     return class_names_of(learn.dls) is not None and has_features(learn)
 
 def cautious_estimate(
-    j:Judgement # Of training items
-)->NoiseEstimate|None: # `None` for fewer than 225 labels, which are too few to tell hard items from wrong labels
+    j:Judgement, # Of training items
+    least:int=900 # Fewest labels that tell hard items from wrong labels
+)->NoiseEstimate|None: # `None` for fewer
     "The share of labels that the surest predictions contradict, as far as it is not because items are hard"
     untold,given = j.untold[j.known],j.given[j.known]
-    if len(given) < 225: return None
+    if len(given) < least: return None
     votes,conf = untold.argmax(-1),np.exp(untold.max(-1))
     sure = sure_error(votes, conf, given)
     floor = max(error_floor(votes, conf, given, sure), 0.)

@@ -1,5 +1,6 @@
 "The look at the labels before a pretrained body is trained."
 import numpy as np, pandas as pd, pytest, torch, torchvision
+from functools import partial
 from fastai.vision.all import (accuracy, Callback, DataBlock, get_image_files, ImageBlock, Learner, params,
     parent_label, RandomSplitter, Resize, resnet18, set_seed, vision_learner)
 from fastai_jocor import look
@@ -7,6 +8,7 @@ from fastai_jocor.all import (audit_labels, cleaned, feature_learner, JoCorCallb
     NoisyCategoryBlock, Symmetric)
 from fastai_jocor.feature_loaders import given_labels
 from fastai_jocor.evidence import Evidence, evidence_state, load_evidence
+from fastai_jocor.judge import Judgement
 from learners import digits, quiet, same, weights
 from pictures import digit_files
 
@@ -30,6 +32,9 @@ def dls(tmp_path_factory): return pictures(tmp_path_factory.mktemp('digits'))
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch): monkeypatch.setattr('fastai_jocor.features.xdg_cache_home', lambda: tmp_path/'cache')
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch): monkeypatch.setattr(look, 'cautious_estimate', partial(look.cautious_estimate, least=225))
 
 @pytest.fixture
 def looks(monkeypatch):
@@ -183,3 +188,31 @@ def test_layers_that_another_callback_has_frozen_stay_so(dls):
                 bn.extend(m.training for m in self.model.modules() if isinstance(m, torch.nn.BatchNorm2d))
     learn.fit(1, 1e-3, cbs=[cb, freeze, Watch()])
     assert len(bn) == 40 and not any(bn) and cb.evidence.barred is not None
+
+def judged(hard, noise, n=2000, C=4, seed=0):
+    "A judgement by peers that know how probable each class is; the smaller `hard`, the surer they are"
+    rng = np.random.default_rng(seed)
+    p = rng.dirichlet([hard]*C, n)
+    true = (p.cumsum(-1) < rng.random((n,1))).sum(-1).clip(0, C-1)
+    given = np.where(rng.random(n) < noise, (true+rng.integers(1, C, n))%C, true)
+    said = np.log(p+1e-9)[None]+.1*rng.standard_normal((3,n,C))
+    return Judgement(said-np.log(np.exp(said).sum(-1, keepdims=True)), rng.integers(0, 3, n), given)
+
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('hard', (.05,.2,.5))
+def test_hard_items_with_right_labels_do_not_count(hard, seed):
+    j = judged(hard, 0., seed=seed)
+    e = look.cautious_estimate(j)
+    assert e.rate < .05 and e.low <= e.rate <= e.high and (hard < .5 or j.rate > .15)
+
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('hard', (.05,.2,.5))
+@pytest.mark.parametrize('noise', (.3,.5))
+def test_wrong_labels_count_however_hard_the_items_are(hard, noise, seed):
+    e = look.cautious_estimate(judged(hard, noise, seed=seed))
+    assert noise-.08 < e.rate < noise+.2 and e.low <= e.rate <= e.high and e.trusted
+
+def test_too_few_labels_to_tell_hard_items(monkeypatch):
+    monkeypatch.undo()
+    assert look.cautious_estimate(judged(.05, .3, n=899)) is None
+    assert look.cautious_estimate(judged(.05, .3, n=900)).rate > .2
