@@ -110,6 +110,17 @@ def trusted(self:LabelAudit)->bool: # `False`: the numbers are a guess
 _by_heart = ('the body has probably learned these labels by heart, wrong ones included, so the heads find few of them: '
              'audit before training, or pass features=False')
 
+_hard = ('the surest predictions are mostly right, so most of these items are probably hard to tell apart, and not '
+         'wrongly labelled')
+
+@patch(as_prop=True)
+def problem(self:LabelAudit)->str|None: # `None` if there is none
+    "Why a list that looks good may be wrong"
+    if not self.learned: return None
+    if self.by_heart: return _by_heart
+    j = self.judged['train']
+    return _hard if j.sure_rate is not None and j.rate > max(.15, 3*j.sure_rate) else None
+
 def _check_part(part):
     if part not in (None,'train','valid'): raise ValueError(f"part={part!r} must be 'train', 'valid' or None for both")
 
@@ -131,7 +142,7 @@ def expected_wrong(self:LabelAudit,
 
 @patch
 def __str__(self:LabelAudit):
-    if self.learned and self.by_heart: return f'{in_words(self.expected_wrong(), True, True)}; but {_by_heart}'
+    if self.problem: return f'{in_words(self.expected_wrong(), True, True)}; but {self.problem}'
     return in_words(self.expected_wrong(), self.learned, self.trusted)
 
 @patch
@@ -150,11 +161,11 @@ def suspects(self:LabelAudit,
     check_whole('n', ifnone(n, 0), 0, ', or None for all')
     _check_part(part)
     t = self.table if part is None else self.table[self.table.part == part]
-    if not self.learned or not self.trusted: warnings.warn(str(self))
+    if not self.learned or not self.trusted or self.problem: warnings.warn(str(self))
     if not self.learned and not anyway: t = t[:0]
     t = t[t.p_wrong >= least].sort_values('p_wrong', ascending=False, kind='stable')[:n]
     t.attrs['summary'] = summary_of(self.expected_wrong(part), self.learned, self.trusted)
-    if self.learned and self.by_heart: t.attrs['summary']['warning'] = _by_heart
+    if self.problem: t.attrs['summary']['warning'] = self.problem
     return t
 
 @patch

@@ -15,7 +15,7 @@ from sklearn.metrics import cohen_kappa_score
 from sklearn.model_selection import cross_val_predict, StratifiedKFold
 from fastai.basics import *
 from .arguments import check_k, check_number, check_whole
-from .interval import beats_chance, sure_error, wrong_share
+from .interval import beats_chance, sure_error, sure_rate, wrong_share
 from .per_sample import first_output, is_multi_label, plain
 from .copies import copied, reset_weights
 from .peers import Peers
@@ -184,6 +184,8 @@ class Judgement:
         raw = 1-self.of_classes[known,given]
         mean = max(self.guess, raw.mean()) if len(raw) else self.guess
         self.rate = float(np.clip(mean, self.low, self.high))
+        votes,conf = self.untold[known].argmax(-1),np.exp(self.untold[known].max(-1))
+        self.sure_rate = sure_rate(votes, conf, given, self.rate)
         self.p_wrong = np.full(len(known), np.nan)
         if not len(raw): return
         fits = posterior is not None and self.low <= raw.mean() <= self.high # fitted to others, and right for these

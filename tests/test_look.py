@@ -3,7 +3,7 @@ import numpy as np, pandas as pd, pytest, torch, torchvision
 from functools import partial
 from fastai.vision.all import (accuracy, Callback, DataBlock, get_image_files, ImageBlock, Learner, params,
     parent_label, RandomSplitter, Resize, resnet18, set_seed, vision_learner)
-from fastai_jocor import look
+from fastai_jocor import judge, look
 from fastai_jocor.all import (audit_labels, cleaned, feature_learner, JoCorCallback, LabelAudit, NoiseEstimate,
     NoisyCategoryBlock, Symmetric)
 from fastai_jocor.feature_loaders import given_labels
@@ -34,7 +34,7 @@ def dls(tmp_path_factory): return pictures(tmp_path_factory.mktemp('digits'))
 def cache(tmp_path, monkeypatch): monkeypatch.setattr('fastai_jocor.features.xdg_cache_home', lambda: tmp_path/'cache')
 
 @pytest.fixture(autouse=True)
-def few(monkeypatch): monkeypatch.setattr(look, 'cautious_estimate', partial(look.cautious_estimate, least=225))
+def few(monkeypatch): monkeypatch.setattr(judge, 'sure_rate', partial(judge.sure_rate, least=225))
 
 @pytest.fixture
 def looks(monkeypatch):
@@ -202,17 +202,16 @@ def judged(hard, noise, n=2000, C=4, seed=0):
 @pytest.mark.parametrize('hard', (.05,.2,.5))
 def test_hard_items_with_right_labels_do_not_count(hard, seed):
     j = judged(hard, 0., seed=seed)
-    e = look.cautious_estimate(j)
-    assert e.rate < .05 and e.low <= e.rate <= e.high and (hard < .5 or j.rate > .15)
+    assert j.sure_rate < .05 and (hard < .5 or j.rate > .15)
 
 @pytest.mark.parametrize('seed', range(3))
 @pytest.mark.parametrize('hard', (.05,.2,.5))
 @pytest.mark.parametrize('noise', (.3,.5))
 def test_wrong_labels_count_however_hard_the_items_are(hard, noise, seed):
-    e = look.cautious_estimate(judged(hard, noise, seed=seed))
-    assert noise-.08 < e.rate < noise+.2 and e.low <= e.rate <= e.high and e.trusted
+    j = judged(hard, noise, seed=seed)
+    assert noise-.08 < j.sure_rate < noise+.2 and j.sure_rate <= j.rate
 
 def test_too_few_labels_to_tell_hard_items(monkeypatch):
     monkeypatch.undo()
-    assert look.cautious_estimate(judged(.05, .3, n=899)) is None
-    assert look.cautious_estimate(judged(.05, .3, n=900)).rate > .2
+    assert judged(.05, .3, n=899).sure_rate is None
+    assert judged(.05, .3, n=900).sure_rate > .2

@@ -1,5 +1,5 @@
 "What audits and callbacks must not say: nothing was learned, too little is known, items are not in the training set."
-import random, numpy as np, pandas as pd, pytest
+import random, warnings, numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import (accuracy, CategoryBlock, DataBlock, ImageBlock, Learner, RandomSplitter, Resize,
     resnet18, set_seed, vision_learner)
 from fastai_jocor import features
@@ -7,7 +7,7 @@ from fastai_jocor.all import audit_labels, cleaned, digits_dls, JoCorCallback, j
 from fastai_jocor.features import body_of
 from fastai_jocor.interval import beats_chance
 from fastai_jocor.judge import Judgement, labels_follow
-from learners import quiet
+from learners import quiet, tensors
 
 def digits_learner(**kwargs):
     set_seed(0)
@@ -85,3 +85,19 @@ def test_few_hidden_labels_give_a_short_list_and_a_warning():
     cb.estimate.high = .01
     with pytest.warns(UserWarning, match='fewer than 100 labels were hidden'): s = cb.suspects()
     assert 0 < len(s) <= 4
+
+@pytest.mark.parametrize('spread,noise,hard', [(1.,0.,True), (.4,.3,False), (.4,0.,False)])
+def test_hard_items_are_not_called_wrong_without_a_word(spread, noise, hard):
+    rng = np.random.default_rng(0)
+    true = rng.integers(0, 4, 4000)
+    x = np.eye(4)[true]+spread*rng.normal(size=(4000,4))
+    y = np.where(rng.random(4000) < noise, (true+rng.integers(1, 4, 4000))%4, true)
+    set_seed(0)
+    learn = tensors(torch.tensor(x).float(), torch.tensor(y), jocor_mlp(4, 4), bs=128)
+    audit = audit_labels(learn, epochs=8, progress=False)
+    assert (audit.problem is not None) == hard
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        listed = audit.suspects()
+    assert any('probably hard' in str(o.message) for o in said) == hard
+    assert ('probably hard' in str(audit)) == hard == ('warning' in listed.attrs['summary'])
