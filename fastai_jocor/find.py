@@ -118,8 +118,7 @@ def problem(self:LabelAudit)->str|None: # `None` if there is none
     "Why a list that looks good may be wrong"
     if not self.learned: return None
     if self.by_heart: return _by_heart
-    j = self.judged['train']
-    return _hard if j.sure_rate is not None and j.rate > max(.15, 3*j.sure_rate) else None
+    return _hard if self.judged['train'].hard else None
 
 def _check_part(part):
     if part not in (None,'train','valid'): raise ValueError(f"part={part!r} must be 'train', 'valid' or None for both")

@@ -186,6 +186,8 @@ class Judgement:
         self.rate = float(np.clip(mean, self.low, self.high))
         votes,conf = self.untold[known].argmax(-1),np.exp(self.untold[known].max(-1))
         self.sure_rate = sure_rate(votes, conf, given, self.rate)
+        self.hard = self.sure_rate is not None and self.rate > max(.15, 3*self.sure_rate)
+        if self.hard: self.low = 0.
         self.p_wrong = np.full(len(known), np.nan)
         if not len(raw): return
         fits = posterior is not None and self.low <= raw.mean() <= self.high # fitted to others, and right for these
@@ -229,8 +231,7 @@ def _own_votes(learn, idxs):
     model = copied(learn.model.peer(0) if isinstance(learn.model, Peers) else learn.model).eval()
     device = next(model.parameters()).device
     say = lambda x: plain(first_output(model(*to_device(x, device)))).argmax(-1).cpu().numpy()
-    said = [say(x) for x in in_order(learn.dls.train, idxs, 64, False)]
-    return np.concatenate(said)
+    return np.concatenate([say(x) for x in in_order(learn.dls.train, idxs, 64, False)])
 
 def by_heart(
     learn:Learner, # With a body, whose features the heads were trained on
