@@ -203,18 +203,31 @@ def kept_features(
             x,done = None,0
         return x if done == n else _read_into(file, x, done, body, dl, bs, progress)
 
+# %% ../nbs/13_features.ipynb #29d6868c
+def _room_for(file, shape):
+    "A file of features, or an array in memory if the disk is full, which only writing would show, by a signal"
+    try:
+        x = np.lib.format.open_memmap(file, 'w+', np.float16, shape)
+        with open(file, 'r+b') as f:
+            if hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+        return x
+    except OSError as e:
+        warnings.warn(f"{file} cannot be written ({e}): features are kept in memory only")
+        file.unlink(missing_ok=True)
+        return np.empty(shape, np.float16)
+
 def _read_into(file, x, done, body, dl, bs, progress):
     n = len(dl.dataset)
     try:
         for i,o in enumerate(read_features(body, dl, range(done, n), bs, progress)):
-            if x is None: x = np.lib.format.open_memmap(file, 'w+', np.float16, (n, o.shape[1]))
+            if x is None: x = _room_for(file, (n, o.shape[1]))
             x[done:done+len(o)] = o
             done += len(o)
             if i%100 == 99: _note(file, x, done)
-    finally:
-        if x is not None: _note(file, x, done)
+    finally: _note(file, x, done)
     return x
 
 def _note(file, x, done):
+    if not isinstance(x, np.memmap): return
     x.flush()
     write_text(file.with_suffix('.json'), json.dumps(dict(done=done, crc=_crc(x[:done]))))

@@ -20,8 +20,8 @@ from .feature_loaders import FeatureItems, given_labels
 from .neighbours import far_out, near_duplicates, nearest
 from .certainty import in_words, summary_of
 from .audit import show_item, _class_names
-from .judge import (by_heart, fine_tuned, fit_heads, has_features, Judgement, labels_follow,
-                                peer_log_probs)
+from .trust import by_heart, labels_follow
+from .judge import fine_tuned, fit_heads, has_features, Judgement, peer_log_probs
 
 # %% ../nbs/16b_find.ipynb #a2088960
 def nearest_of(

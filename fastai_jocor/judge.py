@@ -4,19 +4,17 @@
 
 # %% auto #0
 __all__ = ['has_features', 'default_epochs', 'default_batch', 'NoValidation', 'fit_heads', 'KeepAverages', 'fine_tuned',
-           'peer_log_probs', 'Judgement', 'labels_follow', 'by_heart']
+           'peer_log_probs', 'Judgement']
 
 # %% ../nbs/16_judge.ipynb #29d947f4
 import numpy as np
 from contextlib import nullcontext
 from scipy.special import logsumexp
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import cohen_kappa_score
-from sklearn.model_selection import cross_val_predict, StratifiedKFold
 from fastai.basics import *
 from .arguments import check_k, check_number, check_whole
 from .interval import beats_chance, sure_error, sure_rate, wrong_share
-from .per_sample import first_output, is_multi_label, plain
+from .per_sample import first_output, is_multi_label
 from .copies import copied, reset_weights
 from .peers import Peers
 from .callback import JoCorCallback
@@ -168,7 +166,7 @@ class Judgement:
             told = np.arange(len(said))[:,None] != hidden
             self.alike = float((twins == vote)[told].mean())
             sure = sure_error(vote, np.exp(untold.max(-1)), given)
-            self.guess,self.low,self.high = wrong_share(right.mean(), sure, len(vote), self.alike)
+            self.guess,self.low,self.high = map(float, wrong_share(right.mean(), sure, len(vote), self.alike))
             self.learned = beats_chance(vote, given)
             self.kappa = cohen_kappa_score(vote, given) if self.learned else 0.
         agreed = self.learned and self.kappa >= .15 and self.alike >= .5
@@ -199,52 +197,3 @@ class Judgement:
         p = self.of_classes.copy()
         p[self.known,self.given[self.known]] = -1
         return p.argmax(-1)
-
-# %% ../nbs/16_judge.ipynb #5d1f93be
-def labels_follow(
-    x:np.ndarray, # Features, shape (n, features)
-    given:np.ndarray, # Given labels, shape (n,), class indices
-    n:int=3000 # Most items to look at
-)->bool: # `True` also if there are too few items to tell
-    "Whether a linear classifier, cross-validated on features, predicts labels beyond chance"
-    some = np.random.default_rng(0).permutation(len(given))[:n]
-    some = some[(np.bincount(given[some]) >= 3)[given[some]]] # classes with an item in each fold
-    if len(np.unique(given[some])) < 2: return True
-    linear = LogisticRegression(C=.1, class_weight='balanced', max_iter=300)
-    fold = StratifiedKFold(3, shuffle=True, random_state=0)
-    return beats_chance(cross_val_predict(linear, x[some], given[some], cv=fold), given[some])
-
-def _clearly_more(a, b, by):
-    "Whether one share is larger than another, by so much and by three standard errors"
-    if not len(a) or not len(b): return False
-    error = sum((o.mean()*(1-o.mean())+1/len(o))/len(o) for o in (a,b))**.5
-    return bool(a.mean()-b.mean() > max(by, 3*error))
-
-def _is_frozen(body):
-    norms = [m for m in body.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    trained_anyway = {id(p) for m in norms for p in m.parameters()}
-    return not any(p.requires_grad for p in body.parameters() if id(p) not in trained_anyway)
-
-@torch.no_grad()
-def _own_votes(learn, idxs):
-    "Classes that the learner's own model predicts for some training items"
-    model = copied(learn.model.peer(0) if isinstance(learn.model, Peers) else learn.model).eval()
-    device = next(model.parameters()).device
-    say = lambda x: plain(first_output(model(*to_device(x, device)))).argmax(-1).cpu().numpy()
-    return np.concatenate([say(x) for x in in_order(learn.dls.train, idxs, 64, False)])
-
-def by_heart(
-    learn:Learner, # With a body, whose features the heads were trained on
-    train:Judgement, # Of training items
-    valid:Judgement|None=None, # Of validation items; `None` if there are none
-    n:int=1000 # Most training items to ask the learner's own model about
-)->bool: # `False` if the body is frozen, or there is none
-    "Whether the body has probably learned the training labels by heart"
-    body = body_of(learn.model)
-    if body is None or _is_frozen(body): return False
-    some = np.sort(np.random.default_rng(0).permutation(np.flatnonzero(train.known))[:n])
-    own,untold = _own_votes(learn, some) == train.given[some],train.right[some]
-    if own.mean() < untold.mean()-.05: return False
-    others = valid.right[valid.known] if valid is not None else []
-    return _clearly_more(own, untold, .03) or _clearly_more(train.right[train.known], others, .05)
-

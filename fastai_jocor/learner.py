@@ -42,8 +42,8 @@ def _default_init(learn):
 
 def has_trained(
     learn:Learner # With or without an optimizer
-)->bool: # `False` also if it has loaded a model that was trained elsewhere
-    "Whether a learner has trained its model: whether its optimizer holds averages of gradients"
+)->bool: # `False` also if it has loaded a model that was trained elsewhere, and after `freeze` and `unfreeze`
+    "Whether a learner has trained its model, as far as its optimizer tells: whether it holds averages of gradients"
     if learn.opt is None: return False
     state = learn.opt.state_dict()['state']
     each = state.values() if isinstance(state, dict) else state

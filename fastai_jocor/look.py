@@ -16,12 +16,13 @@ from .callback import JoCorCallback
 from .features import body_of
 from .ledger import NoiseEstimate
 from .judge import has_features
+from .trust import knows_labels
 from .find import audit_labels
 
 # %% ../nbs/17_look.ipynb #971e62e9
 def is_pretrained(
     learn:Learner # With or without peers
-)->bool: # `False` also for a body that this learner has trained
+)->bool: # `False` also for a body that this learner has trained, as far as `has_trained` tells
     "Whether a learner's model has a pretrained body, and its items have names of classes"
     body = body_of(get_model(learn.model))
     if body is None or not has_learned(body) or has_trained(learn): return False
@@ -41,14 +42,16 @@ def first_look(
         try: audit,problem = _audit(learn),None
         except Exception as e: audit,problem = None,e
     if problem is not None:
-        warnings.warn(f"the labels could not be looked at before training ({problem}); "
+        warnings.warn(f"the labels could not be looked at before training ({type(problem).__name__}: {problem}); "
                       "training goes on without it")
     if audit is None or not audit.trusted: return None
     found = audit.judged['train']
     return None if found.sure_rate is None else (*map(torch.from_numpy, (found.p_wrong, found.given)), _careful(found))
 
 def _audit(learn):
+    "The audit; `None` if there is no pretrained body, or if the model's own head is as good as new ones"
     if not is_pretrained(learn): return None
-    return audit_labels(learn, neighbours=False, progress=hasattr(learn, 'progress'))
+    audit = audit_labels(learn, neighbours=False, progress=hasattr(learn, 'progress'))
+    return None if knows_labels(learn, audit.judged['train']) else audit
 
 JoCorCallback.first_look = staticmethod(first_look)

@@ -149,7 +149,7 @@ class Record(Part):
         if s.items is None or owner.finding: return
         before,scored = owner.items.given_label[seen['idx']],~seen['loss'].isnan()
         changed = scored & (before >= 0) & (before != seen['given_label'])
-        if share(changed.sum(), scored.sum()) > .5: owner.labels_changed()
+        if changed.any(): owner._labels_changed(share(changed.sum(), scored.sum()))
         owner.learned(seen)
         owner.items.update(**{name: seen[name] for name in Sightings.dtypes if name != 'repeated'})
 

@@ -180,6 +180,7 @@ def _read(self:Checkpoint):
     try:
         state = torch.load(self.where, weights_only=True, map_location='cpu')
         of,own = state['of'],plain_values(self._is_of())
+        if state['fit'] != self.n_fits: of = of | dict(n_epoch=own.get('n_epoch')) # as in `fine_tune`
         if of == own: return state
         other = [f'{name}={of.get(name)!r} instead of {o!r}' for name,o in own.items() if of.get(name) != o]
         warnings.warn(f"{self.where} is of another run ({'; '.join(other)}): training starts from scratch")

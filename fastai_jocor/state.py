@@ -148,15 +148,18 @@ class FitState:
         "Whether an item may have several labels"
         return self.source.multi_label
     def learned(self, seen): "Take up what an epoch has shown of each item"
-    def labels_changed(self):
-        "Forget how many labels looked wrong, because most labels have changed since"
-        self.estimate = self.early = None
-        if self.evidence is None: return
-        self.evidence.rows,self.evidence.brake,self.evidence.known = [],0.,None
 
     _kept = ('rows','done','before','R','least','gradual','warm_up')
 
 # %% ../nbs/06b_state.ipynb #095fcb03
+@patch
+def _labels_changed(self:FitState, share):
+    "Forget how many labels were known to be wrong, and if most have changed since, how many looked wrong"
+    if self.evidence is not None: self.evidence.known = None
+    if share <= .5: return
+    self.estimate = self.early = None
+    if self.evidence is not None: self.evidence.rows,self.evidence.brake = [],0.
+
 @patch(as_prop=True)
 def noise(self:FitState)->object: # A `NoiseRecord`; `None` if the true labels are not known
     "Record of the label noise in the training set"

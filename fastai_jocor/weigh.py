@@ -72,6 +72,7 @@ class Weigh(Part):
         o.evidence = Evidence(len(o.source), o.k, s.logits.shape[-1], o.seed or 0, self.tau, s.device, o.without,
                               o.hidden)
         if self.found is not None: o.evidence.barred,o.evidence.known = self.found
+        self.found = None
         s.evidence = o.evidence
         return o.evidence
 
@@ -115,8 +116,11 @@ def _look(self:Weigh):
     found = o.first_look(self.learn)
     if found is None: return None
     p_wrong,given,estimate = found
+    labelled = given >= 0
+    may = labelled.clone()
+    may[labelled] = ~scarce(given[labelled], s.n_classes)
     share = estimate.rate if self.tau is None else min(self.tau, estimate.rate)
-    return torch.where(most_suspect(p_wrong, share), given, -1).to(s.device), estimate
+    return torch.where(may & most_suspect(p_wrong, share), given, -1).to(s.device), estimate
 
 # %% ../nbs/07c_weigh.ipynb #ab142987
 def _and(a, b): return b if a is None else a & b
@@ -199,6 +203,7 @@ def _with_votes(self:Weigh, shown, losses, times, usable):
     with torch.no_grad():
         vote,sure = common_votes(s.log_probs, s.pred, e.latest['cut'])
         if usable is not None: sure &= usable
+        if e.barred is not None: sure &= vote != e.barred[s.idx]
         if s.no_label is not None: sure &= vote != s.no_label
         weights = self.vote_weight*vote_balance(e.running[1], e.running[2])[vote]*sure
         times = split_with_votes(times.to(losses.dtype), weights.to(losses.dtype))

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from fastai.vision.all import (Adam, Callback, CancelFitException, CancelValidException, CategoryBlock,
     CrossEntropyLossFlat, DataBlock, DataLoader, DataLoaders, IndexSplitter, Learner, TransformBlock, accuracy, nn)
 from fastai_jocor.all import *
+from fastai_jocor.features import kept_features
 from fastai_jocor.per_sample import per_sample_loss
 from fastai_jocor.trainer import PeersCallback
 from pathlib import Path
@@ -257,6 +258,37 @@ def test_a_full_disk_at_checkpoint_time(tmp_path, monkeypatch):
     cb = fit(digits(path=tmp_path))
     assert len(cb.history) == 5 and cb.ledger.seen.max() == 5
     learn.fit(1, cbs=JoCorCallback(k=2))
+
+def test_a_run_of_fits_of_different_lengths_goes_on(tmp_path):
+    class Count(Callback):
+        order = 90
+        def __init__(self, stop_after): self.n,self.stop_after = 0,stop_after
+        def after_epoch(self):
+            self.n += 1
+            if self.n == self.stop_after: raise KeyboardInterrupt
+    def run(stop_after):
+        learn,cb,count = digits(path=tmp_path),JoCorCallback(k=2, seed=0),Count(stop_after)
+        checkpoint = Checkpoint()
+        for epochs in (1,3): learn.fit(epochs, 4e-3, cbs=[cb, checkpoint, count])
+        return count.n
+    with pytest.raises(KeyboardInterrupt): run(3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='.*training starts from scratch')
+        assert run(None) == 2 # one epoch of the second fit was done, and the first fit is not repeated
+
+@pytest.mark.skipif(not hasattr(os, 'posix_fallocate'), reason='the disk cannot be asked for room')
+def test_a_full_disk_for_features(tmp_path, monkeypatch):
+    def full(*args): raise OSError(28, 'No space left on device')
+    labels = (np.arange(40)%2).astype(str)
+    dl = InMemoryDataLoaders.from_arrays(np.zeros((40,4,4), np.uint8), labels, valid=.5, bs=8).train
+    body = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    want = kept_features(body, dl, progress=False)
+    with monkeypatch.context() as m:
+        m.setattr(os, 'posix_fallocate', full)
+        with pytest.warns(UserWarning, match='cannot be written .*No space left.*in memory only'):
+            got = kept_features(body, dl, tmp_path, progress=False)
+    assert np.array_equal(got, want) and not list(tmp_path.glob('*.npy'))
+    assert np.array_equal(kept_features(body, dl, tmp_path, progress=False), want) and list(tmp_path.glob('*.npy'))
 
 class Peek(Callback):
     "Remember what belongs to each batch without keeping it, and raise in the second epoch"

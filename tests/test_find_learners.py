@@ -5,7 +5,7 @@ from fastai.vision.all import (BCEWithLogitsLossFlat, CategoryBlock, CrossEntrop
 from sklearn.datasets import load_digits
 from sklearn.metrics import average_precision_score
 from fastai_jocor.all import audit_labels, digits_dls, feature_dls, feature_learner, JoCorCallback, jocor_mlp, Symmetric
-import fastai_jocor.judge as judge
+import fastai_jocor.judge as judge, fastai_jocor.trust as trust
 from learners import quiet
 from text_learners import review_learner, reviews
 
@@ -107,12 +107,12 @@ def a_judgement(right, n=1000):
     (1., .8, .8, True), (.82, .8, .8, False), (.9, .9, .8, True), (.9, .9, .87, False), (.5, .9, .8, False)])
 def test_by_heart(monkeypatch, own, train, valid, want):
     "The learner's own model, and heads on training and validation items"
-    monkeypatch.setattr(judge, '_own_votes', lambda learn, some: np.where(np.arange(len(some)) < own*len(some), 0, 1))
+    monkeypatch.setattr(trust, '_own_votes', lambda learn, some: np.where(np.arange(len(some)) < own*len(some), 0, 1))
     learn,of = Learner(digits_dls(), two_parts()),(a_judgement(train), a_judgement(valid))
-    assert judge.by_heart(learn, *of) == want
-    assert judge.by_heart(learn, of[0]) == (want and own > train)
+    assert trust.by_heart(learn, *of) == want
+    assert trust.by_heart(learn, of[0]) == (want and own > train)
     for p in learn.model[0].parameters(): p.requires_grad_(False)
-    assert not judge.by_heart(learn, *of)
+    assert not trust.by_heart(learn, *of)
 
 # --- items without a label
 

@@ -118,7 +118,7 @@ def test_a_look_that_fails_is_no_obstacle(dls, monkeypatch):
     def fail(*args, **kwargs): raise RuntimeError('no space left')
     monkeypatch.setattr(look, 'audit_labels', fail)
     learn,cb = pretrained(dls),JoCorCallback(k=2)
-    with pytest.warns(UserWarning, match='could not be looked at before training .no space left.'):
+    with pytest.warns(UserWarning, match='could not be looked at before training .RuntimeError: no space left.'):
         learn.fit(1, 1e-3, cbs=cb)
     assert cb.evidence.barred is None and len(cb.history) == 1
 
@@ -153,7 +153,7 @@ def test_items_whose_labels_were_corrected_are_trained_on(dls):
     before = cb.items.kept.cpu()[changed]
     learn.dls = cleaned(dls, rows, 'relabel')
     learn.fit(2, 1e-3, cbs=cb)
-    assert not before.any()
+    assert not before.any() and cb.evidence.told is None # how many were wrong before says nothing now
     assert (cb.items.kept.cpu()[changed] > 0).float().mean() > .8
 
 @pytest.mark.parametrize('tau', (0., .05))
@@ -172,6 +172,51 @@ def test_an_audit_that_has_learned_nothing_bars_nothing(dls, monkeypatch):
     monkeypatch.setattr(LabelAudit, 'follow', False)
     monkeypatch.setattr('fastai_jocor.find._follow', lambda *_: False)
     assert look.first_look(pretrained(dls)) is None
+
+@pytest.mark.parametrize('whole', (True,False))
+def test_a_body_that_was_trained_is_known_by_its_head(dls, whole):
+    learn = pretrained(dls) if whole else as_pretrained(vision_learner(dls, resnet18, pretrained=False))
+    learn.unfreeze()
+    learn.fit(6, 1e-3)
+    learn.freeze()
+    assert look.is_pretrained(learn) # fastai has cleared the optimizer's state
+    assert look.first_look(learn) is None
+
+def test_the_only_item_of_a_class_is_not_barred(monkeypatch):
+    learn = digits(noise=Symmetric(.3))
+    given = torch.as_tensor(given_labels(learn.dls.train))
+    few = (given == 3).nonzero()[10:,0]
+    given[few] = 4 # what the look has seen; ten labels of class 3 are left
+    known = NoiseEstimate(.9, .9, .9, 0., True, .2, 1.)
+    monkeypatch.setattr(JoCorCallback, 'first_look', staticmethod(lambda learn: (torch.ones(len(given)), given, known)))
+    learn.fit(1, 1e-3, cbs=(cb := JoCorCallback(k=2)))
+    assert (cb.evidence.barred[given == 3] == -1).all() and (cb.evidence.barred[given == 5] == 5).any()
+
+def test_what_a_look_has_told_is_plain(dls, tmp_path):
+    cb = JoCorCallback(k=2)
+    pretrained(dls).fit(1, 1e-3, cbs=cb)
+    torch.save(cb.state_dict(), tmp_path/'state.pth')
+    again = torch.load(tmp_path/'state.pth', weights_only=True)
+    assert again['evidence']['known']['rate'] == cb.evidence.known.rate > .1
+
+def test_a_barred_label_is_no_vote(dls):
+    cb,seen = JoCorCallback(k=2, plus='votes'),[]
+    split = cb.weigh._with_votes
+    def watch(shown, losses, times, usable):
+        def noted(log_p, mean, cut):
+            e = cb.learn.selection.evidence
+            vote = e.barred[cb.learn.selection.idx].clamp_min(0) # as if all peers surely voted for barred labels
+            return vote, torch.ones_like(vote, dtype=torch.bool)
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr('fastai_jocor.weigh.common_votes', noted)
+            m.setattr('fastai_jocor.weigh.split_with_votes', lambda times, weights: (
+                seen.append(weights[cb.learn.selection.evidence.barred[cb.learn.selection.idx] >= 0]),
+                torch.cat([times, weights]))[1])
+            return split(shown, losses, times, usable)
+    cb.weigh._with_votes = watch
+    pretrained(dls).fit(3, 1e-3, cbs=cb)
+    weights = torch.cat(seen)
+    assert len(weights) and not weights.any()
 
 def test_layers_that_another_callback_has_frozen_stay_so(dls):
     class Freeze(Callback):

@@ -6,7 +6,8 @@ from fastai_jocor import features
 from fastai_jocor.all import audit_labels, cleaned, digits_dls, JoCorCallback, jocor_mlp
 from fastai_jocor.features import body_of
 from fastai_jocor.interval import beats_chance
-from fastai_jocor.judge import Judgement, labels_follow
+from fastai_jocor.judge import Judgement
+from fastai_jocor.trust import labels_follow
 from learners import quiet, tensors
 
 def digits_learner(**kwargs):
