@@ -146,7 +146,7 @@ def test_means_last_until_a_fit_starts_over(monkeypatch):
     cb.restart = True
     learn.fit(1, 1e-3, cbs=cb)
     assert cb.early is not first
-    cb.labels_changed()
+    cb._labels_changed(1.)
     assert cb.early is None
     learn.fit(1, 1e-3, cbs=cb)
     cb.forget()
