@@ -72,6 +72,7 @@ class Certainty:
         scored = ~np.isnan(score[at])
         at,log_p = at[scored],log_p[scored]
         self.estimate,self.alike = estimate,evidence.latest['alike']
+        self.known_before = evidence.known is not None # by a first look, which has seen more than a fit
         self.n = int((~np.isnan(score)).sum())
         votes = log_p.argmax(-1)
         self.learned = beats_chance(votes, given[at])
@@ -82,7 +83,7 @@ class Certainty:
     def _judge(self, at, log_p, given, score, hidden):
         p,est = LabelPosterior(log_p, given).p_wrong(log_p, given),self.estimate
         res = carried(score, hidden, at, p.clip(.5/len(p), 1-.5/len(p)))
-        rate = np.clip(max(est.rate, p.mean()), est.low, est.high)
+        rate = est.rate if self.known_before else np.clip(max(est.rate, p.mean()), est.low, est.high)
         known = ~np.isnan(res)
         self.p_wrong[known] = shifted(res[known], np.clip(rate, 1e-4, 1-1e-4))
 

@@ -91,7 +91,7 @@ def test_what_is_looked_at(dls):
     assert not look.is_pretrained(learn)
 
 def test_a_frozen_body_is_looked_at_once_before_fine_tuning(dls):
-    learn,cb = as_pretrained(vision_learner(dls, resnet18, pretrained=False)),JoCorCallback(k=2)
+    learn,cb = as_pretrained(vision_learner(dls, resnet18, pretrained=False)),JoCorCallback(k=2, hidden=.3)
     learn.fine_tune(2, 1e-3, freeze_epochs=2, cbs=cb)
     barred,wrong = cb.evidence.barred.cpu().numpy() >= 0,dls.noise.flipped
     assert wrong[barred].mean() > .7 and wrong[barred].sum() > .5*wrong.sum()
@@ -99,6 +99,8 @@ def test_a_frozen_body_is_looked_at_once_before_fine_tuning(dls):
     assert (cb.items.kept.cpu().numpy()[~barred] > 0).mean() > .9
     assert cb.estimate.low < wrong.mean() < cb.estimate.high
     assert cb.estimate.rate == cb.evidence.known.rate == cb.evidence.told
+    expected = cb.expected_wrong()
+    assert abs(expected['expected']/expected['n']-cb.estimate.rate) < .01
 
 def test_layers_are_in_training_mode_after_the_look(dls):
     seen = []
