@@ -32,6 +32,7 @@ def labels_follow(
     fold = StratifiedKFold(3, shuffle=True, random_state=0)
     return beats_chance(cross_val_predict(linear, x[some], given[some], cv=fold), given[some])
 
+# %% ../nbs/16a_trust.ipynb #3f92bf5f
 def _clearly_more(a, b, by):
     "Whether one share is larger than another, by so much and by three standard errors"
     if not len(a) or not len(b): return False
@@ -51,14 +52,19 @@ def _own_votes(learn, idxs):
     say = lambda x: plain(first_output(model(*to_device(x, device)))).argmax(-1).cpu().numpy()
     return np.concatenate([say(x) for x in in_order(learn.dls.train, idxs, 64, False)])
 
+def _some_votes(learn, train, n):
+    "Of some labelled items: their positions, and the classes that the learner's own model predicts"
+    some = np.sort(np.random.default_rng(0).permutation(np.flatnonzero(train.known))[:n])
+    return some,_own_votes(learn, some)
+
 def knows_labels(
     learn:Learner, # With any model
     train:Judgement, # Of its training items
     n:int=1000 # Most items to ask about
 )->bool: # `False` for a new head
     "Whether the learner's own model agrees with the labels nearly as well as heads that were not told them, or better"
-    some = np.sort(np.random.default_rng(0).permutation(np.flatnonzero(train.known))[:n])
-    return bool(cohen_kappa_score(_own_votes(learn, some), train.given[some]) >= .6*train.kappa)
+    some,votes = _some_votes(learn, train, n)
+    return bool(cohen_kappa_score(votes, train.given[some]) >= .6*train.kappa)
 
 def by_heart(
     learn:Learner, # With a body, whose features the heads were trained on
@@ -69,9 +75,8 @@ def by_heart(
     "Whether the body has probably learned the training labels by heart"
     body = body_of(learn.model)
     if body is None or _is_frozen(body): return False
-    some = np.sort(np.random.default_rng(0).permutation(np.flatnonzero(train.known))[:n])
-    own,untold = _own_votes(learn, some) == train.given[some],train.right[some]
+    some,votes = _some_votes(learn, train, n)
+    own,untold = votes == train.given[some],train.right[some]
     if own.mean() < untold.mean()-.05: return False
     others = valid.right[valid.known] if valid is not None else []
     return _clearly_more(own, untold, .03) or _clearly_more(train.right[train.known], others, .05)
-
